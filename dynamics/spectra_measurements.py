@@ -1,0 +1,148 @@
+"""Measurements of the Hessian's spectrum at a point: its ends, its trace, its density, its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..hessian.eigs import top_eigenvalues
+from ..hessian.slq import spectral_density
+from ..hessian.trace import trace
+from .point import Point
+from .row import Row
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """Largest eigenvalues of the Hessian, by Lanczos started where the previous point ended.
+
+    Rows: index i for the i-th of `num`, `error` its residual bound; products and seconds on index 0.
+
+    Args:
+        every: Period in steps.
+        num: How many, at most n.
+        which: "LA" largest, "SA" smallest, "LM" largest in absolute value, as for `top_eigenvalues`.
+        tol: Residual over |λ|max at which an eigenvalue counts as converged.
+        max_products: Budget of a point; what is not converged then is marked so.
+        seed: Of the random part of the start.
+        keep_vectors: Record the eigenvectors as the array "vectors" [n, num] of index 0.
+    """
+
+    every: int | None = None
+    num: int = 1
+    which: str = "LA"
+    tol: float = 1e-3
+    _: KW_ONLY
+    max_products: int | None = None
+    seed: int = 0
+    keep_vectors: bool = False
+    name: str = "sharpness"
+
+    def measure(self, point: Point) -> Iterator[Row]:
+        pairs = top_eigenvalues(
+            point.hessian(),
+            self.num,
+            which=self.which,  # type: ignore[arg-type]
+            tol=self.tol,
+            max_products=self.max_products,
+            start=_previous_vectors(point),
+            seed=self.seed,
+        )
+        point.state["vectors"] = pairs.vectors
+        arrays = {"vectors": pairs.vectors} if self.keep_vectors else None
+        for i, (value, residual) in enumerate(zip(pairs.values.tolist(), pairs.residuals.tolist(), strict=True)):
+            costs: dict[str, Any] = {"products": pairs.products, "seconds": pairs.seconds} if i == 0 else {}
+            yield Row(
+                self.name,
+                value,
+                residual,
+                index=i,
+                converged=pairs.converged,
+                arrays=arrays if i == 0 else None,
+                **costs,
+            )
+
+
+@dataclass(frozen=True)
+class BottomEigenvalue(Sharpness):
+    """Smallest eigenvalues of the Hessian, most negative first; otherwise as `Sharpness`."""
+
+    which: str = "SA"
+    _: KW_ONLY
+    name: str = "bottom_eigenvalue"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Trace of the Hessian with its standard error.
+
+    The probe vectors are the same at every point: changes along the run are then seen several times more sharply
+    than the standard error, which is that of the level.
+
+    Args:
+        every: Period in steps.
+        num_probes: Products spent.
+        method: As for `trace`.
+        seed: Of the probe vectors.
+    """
+
+    every: int | None = None
+    num_probes: int = 32
+    _: KW_ONLY
+    method: str = "hutchinson"
+    seed: int = 0
+    name: str = "trace"
+
+    def measure(self, point: Point) -> Iterator[Row]:
+        result = trace(point.hessian(), method=self.method, num_probes=self.num_probes, seed=self.seed)  # type: ignore[arg-type]
+        yield Row(self.name, result.estimate, result.stderr, converged=result.converged, products=result.products)
+
+
+@dataclass(frozen=True)
+class Density:
+    """Spectral density of the Hessian by stochastic Lanczos quadrature.
+
+    Row: the mean eigenvalue with its standard error; arrays "nodes" and "weights" [num_probes, num_steps].
+
+    Args:
+        every: Period in steps.
+        num_steps: Lanczos steps for each probe vector.
+        num_probes: Probe vectors, the same at every point.
+        seed: Of the probe vectors.
+    """
+
+    every: int | None = None
+    num_steps: int = 40
+    num_probes: int = 8
+    _: KW_ONLY
+    seed: int = 0
+    name: str = "density"
+
+    def measure(self, point: Point) -> Iterator[Row]:
+        density = spectral_density(
+            point.hessian(), num_steps=self.num_steps, num_probes=self.num_probes, seed=self.seed
+        )
+        mean = density.mean()
+        yield Row(
+            self.name,
+            mean.estimate,
+            mean.stderr,
+            products=density.products,
+            seconds=density.seconds,
+            arrays={"nodes": density.nodes, "weights": density.weights},
+        )
+
+
+def _previous_vectors(point: Point) -> Tensor | None:
+    """Eigenvectors of the point before, [n, num], to start from.
+
+    `top_eigenvalues` adds some gradient and noise to them: alone they would stay in a stale eigenspace when another
+    eigenvalue overtakes.
+    """
+    vectors, op = point.state.get("vectors"), point.hessian()
+    if vectors is None or vectors.shape[0] != op.shape[0]:
+        return None
+    return vectors.to(op.device, op.dtype)

@@ -1,0 +1,126 @@
+"""Several ways to multiply by the Hessian, one signature, and the choice among them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..landscape.objective import Objective
+from ..landscape.selection import near_names
+
+
+class Engine(ABC):
+    """A way to compute H V at the objective's current weights.
+
+    Subclasses write `local_matmat`, the sum over this rank's data; `matmat` adds the ranks and checks the result.
+    """
+
+    name: str
+    reason: str = "asked for"
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    @property
+    def relative_error(self) -> float:
+        """Stated bound on ‖computed H v − H v‖ / (‖H‖ ‖v‖)."""
+        return 64 * self.objective.coarsest_eps
+
+    @abstractmethod
+    def local_matmat(self, V: Tensor, subset: Sequence[int]) -> Tensor:
+        """H[subset, subset] V for V [k, m], where k counts the coordinates of the parameters numbered in `subset`."""
+
+    def matmat(self, V: Tensor, subset: Sequence[int] | None = None) -> Tensor:
+        """H V for V [n, m]; with `subset`, the principal block of those parameters alone.
+
+        Raises:
+            ValueError: the product is not finite.
+        """
+        subset = range(len(self.objective.layout.names)) if subset is None else subset
+        with normal_tensors(V) as V:
+            product = self.objective.all_reduce(self.local_matmat(V, subset))
+        if not bool(torch.isfinite(product).all()):
+            cause = "the vector itself is not finite" if not bool(torch.isfinite(V).all()) else (
+                "the second derivative does not exist here (for example sqrt or norm at 0) or overflows"
+            )
+            raise ValueError(f"a Hessian-vector product by engine {self.name!r} is not finite: {cause}")
+        return product
+
+
+@contextmanager
+def normal_tensors(V: Tensor) -> Iterator[Tensor]:
+    """Leaves inference mode, whose tensors can neither be differentiated nor updated outside it."""
+    with torch.inference_mode(False):
+        yield V.clone() if V.is_inference() else V
+
+
+def make_engine(objective: Objective, engine: str) -> Engine:
+    """The engine of that name; "auto" takes the first of double backward, forward over reverse and differences that
+    can differentiate this objective, and says why in `.reason`."""
+    from .difference_engine import FiniteDifference
+    from .graph_engine import DoubleBackward
+    from .tangent_engine import ForwardOverReverse
+
+    engines: dict[str, type[Engine]] = {
+        kind.name: kind for kind in (DoubleBackward, ForwardOverReverse, FiniteDifference)
+    }
+    if engine != "auto":
+        if engine not in engines:
+            names = ["auto", *engines]
+            raise ValueError(f"`engine` is {engine!r}; choose among {names} (near: {near_names(engine, names)})")
+        if objective.captures_tensors and engine != DoubleBackward.name:
+            raise ValueError(
+                f"`engine` is {engine!r}, but the closure takes no arguments, so nothing can be put in its tensors' "
+                f"place; write closure(*tensors), or use engine={DoubleBackward.name!r}"
+            )
+        return engines[engine](objective)
+    failures: list[str] = []
+    for kind in engines.values():
+        if objective.captures_tensors and kind is not DoubleBackward:
+            continue
+        candidate = kind(objective)
+        try:
+            candidate.matmat(_probe(objective))
+        except (RuntimeError, NotImplementedError) as error:
+            if not _undifferentiable(error):
+                raise
+            failures.append(f"{kind.name}: {str(error).splitlines()[0][:160]}")
+            continue
+        if not failures:
+            candidate.reason = "exact, and the fastest: its graph is kept between products"
+        else:
+            candidate.reason = "the engines before it cannot differentiate this loss (" + "; ".join(failures) + ")"
+        return candidate
+    raise RuntimeError("no engine can differentiate this objective twice: " + "; ".join(failures))
+
+
+def _probe(objective: Objective) -> Tensor:
+    n = objective.num_parameters
+    return torch.full((n, 1), n**-0.5, dtype=objective.dtype, device=objective.device)
+
+
+def _undifferentiable(error: Exception) -> bool:
+    """Whether an error says that an operation has no (second) derivative, as against a mistake of the user's."""
+    text = str(error).lower()
+    signs = (
+        "derivative for",
+        "not implemented",
+        "once_differentiable",
+        "differentiate twice",
+        "forward ad",
+        "forward-mode ad",
+        "double backward",
+        "does not support",
+        "setup_context",
+        "functorch",
+        "vmap",
+        "custom_function",
+        "generate_vmap_rule",
+        "trying to backward through",
+        "create_graph",
+    )
+    return any(sign in text for sign in signs)

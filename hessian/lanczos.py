@@ -1,0 +1,224 @@
+"""Krylov bases of symmetric operators, fully reorthogonalised: the one place where that is done.
+
+Every new direction passes classical Gram-Schmidt against the whole basis at least twice, with coefficients summed in
+float64, so the basis stays orthonormal to rounding and no ghost copies of eigenvalues appear however long it runs.
+
+Sizes: n parameters, j directions multiplied by A so far, p pending ones, m = j + p rows of the basis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.accurate import combine, norm, project, rotate_
+from .operator import LinearOperator
+
+# A remainder below this many roundings of ‖A‖ is noise: the space is invariant.
+BREAKDOWN_EPS = 8
+
+
+@dataclass(frozen=True)
+class Tridiagonalisation:
+    """A Qᵀ = Qᵀ T + r e_kᵀ, with T tridiagonal and the rows of `basis` orthonormal.
+
+    Attributes:
+        alpha: Diagonal of T [k], float64, on the CPU.
+        beta: Off-diagonal of T [k − 1], likewise; all positive.
+        residual_norm: ‖r‖, which is rounding noise where the space became invariant.
+        basis: Q [k, n] in the operator's dtype; its first row is the normalised start.
+        products: Operator products spent, k.
+    """
+
+    alpha: Tensor
+    beta: Tensor
+    residual_norm: float
+    basis: Tensor
+    products: int
+
+
+def lanczos_tridiagonal(op: LinearOperator, start: Tensor, num_steps: int) -> Tridiagonalisation:
+    """`num_steps` of Lanczos from `start` [n]; fewer where the space becomes invariant, at the latest after n.
+
+    Source: Golub and Van Loan, Matrix Computations, 4th edition, section 10.1.
+    """
+    if num_steps < 1:
+        raise ValueError(f"`num_steps` is {num_steps}; Lanczos needs at least one step")
+    with plain_tensors():
+        krylov = KrylovBasis(op, num_steps + 1)
+        if not krylov.add(checked_vector(op, start, "start")):
+            raise ValueError("`start` is zero; Lanczos needs a direction, a random one for instance")
+        remainder = 0.0
+        while krylov.num_pending and krylov.size < num_steps:
+            remainder = krylov.expand()
+        k = krylov.size
+        T = krylov.coefficients[:k, :k]
+        return Tridiagonalisation(
+            T.diagonal().clone(), T.diagonal(-1).clone(), remainder, krylov.rows[:k], krylov.products
+        )
+
+
+class KrylovBasis:
+    """An orthonormal basis that grows by products, with the projection of A onto it.
+
+    Its rows Q [m, n] are the j directions already multiplied, then the p pending ones, and A Q_jᵀ = Qᵀ H holds to
+    rounding for the coefficients H [m, j]. Plain Lanczos has one pending direction, the last remainder; several
+    starts, random restarts and thick restarts are the same thing with more of them.
+
+    Args:
+        op: Symmetric operator A, shape [n, n].
+        capacity: Most rows to hold; at most n are needed.
+    """
+
+    def __init__(self, op: LinearOperator, capacity: int) -> None:
+        self._op = op
+        self._n = op.shape[0]
+        capacity = min(capacity, self._n)
+        self._Q = torch.empty(capacity, self._n, dtype=op.dtype, device=op.device)
+        self._H = torch.zeros(capacity, capacity, dtype=torch.float64)
+        self.size = 0  # j
+        self.num_pending = 0  # p
+        self.products = 0
+        self.restarts = 0
+        self.scale = 0.0  # largest ‖A q‖ seen: a lower bound of ‖A‖
+
+    @property
+    def rows(self) -> Tensor:
+        """Q [m, n], a view."""
+        return self._Q[: self.size + self.num_pending]
+
+    @property
+    def coefficients(self) -> Tensor:
+        """H [m, j], float64, on the CPU, a view."""
+        return self._H[: self.size + self.num_pending, : self.size]
+
+    @property
+    def is_full(self) -> bool:
+        """There is no room for another remainder, and one is to be expected."""
+        return len(self.rows) == len(self._Q) < self._n
+
+    def add(self, v: Tensor) -> bool:
+        """Make what is new in the direction v [n] pending; False where nothing is, or where there is no room."""
+        length = float(norm(v))
+        if length == 0.0 or len(self.rows) == len(self._Q):
+            return False
+        _, rest, left = _orthogonalise(self.rows, v / length)
+        if left <= self._noise:
+            return False
+        self._append(rest, left)
+        return True
+
+    def expand(self, row: int | None = None) -> float:
+        """Multiply the first pending direction, or that of `row`; the norm of what is new in the product.
+
+        The new part becomes the last pending direction, unless it is noise: then the space is invariant in that
+        direction, and `num_pending` has gone down by one.
+        """
+        j, m = self.size, len(self.rows)
+        if row is not None and row != j:
+            self._Q[[j, row]] = self._Q[[row, j]]
+            self._H[[j, row]] = self._H[[row, j]]
+        h, rest, left = _orthogonalise(self.rows, self._product(self._Q[j]))
+        if not bool(torch.isfinite(h).all()):
+            raise ValueError(
+                f"product {self.products} of {self._op!r} has NaN or infinite entries; "
+                "check that the loss and the gradient are finite at these weights, or work in float64"
+            )
+        self._H[:m, j] = h
+        self.scale = max(self.scale, float(torch.linalg.vector_norm(h)), left)
+        self.size, self.num_pending = j + 1, self.num_pending - 1
+        if m < self._n and left > self._noise * self.scale:
+            self._append(rest, left)
+            self._H[m, j] = left
+        return left
+
+    def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rayleigh-Ritz on the multiplied directions: values θ [j] ascending, coordinates S [j, j], ‖A v − θ v‖ [j].
+
+        The residuals contain the pending directions and whatever asymmetry the products showed, but not the error
+        that they share (`LinearOperator.relative_error`).
+        """
+        H, j = self.coefficients, self.size
+        T = (H[:j] + H[:j].T) / 2
+        theta, S = torch.linalg.eigh(T)
+        outside, inside = H[j:] @ S, (H[:j] - T) @ S
+        return theta, S, (outside.square().sum(0) + inside.square().sum(0)).sqrt()
+
+    def vectors(self, S: Tensor) -> Tensor:
+        """The directions [m, n] with coordinates S [j, m]."""
+        return combine(self._Q[: self.size], S)
+
+    def restart(self, theta: Tensor, S: Tensor) -> None:
+        """Thick restart: keep only the Ritz pairs θ [k], S [j, k] as multiplied directions, and all pending ones.
+
+        Source: Wu and Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems, 2000.
+        """
+        j, k, p = self.size, len(theta), self.num_pending
+        coupling = self._H[j : j + p, :j] @ S  # [p, k]
+        rotate_(self._Q[:j], S)
+        self._Q[k : k + p] = self._Q[j : j + p].clone()
+        self._H.zero_()
+        self._H[:k, :k] = torch.diag(theta)
+        self._H[k : k + p, :k] = coupling
+        self.size, self.restarts = k, self.restarts + 1
+
+    @property
+    def _noise(self) -> float:
+        return BREAKDOWN_EPS * torch.finfo(self._op.dtype).eps
+
+    def _append(self, rest: Tensor, left: float) -> None:
+        self._Q[len(self.rows)] = rest / left
+        self.num_pending += 1
+
+    def _product(self, q: Tensor) -> Tensor:
+        w = self._op.matvec(q)
+        self.products += 1
+        if w.shape != q.shape or w.dtype != q.dtype:
+            raise ValueError(
+                f"product of {self._op!r} is {w.dtype} {list(w.shape)}; matmat must return {q.dtype} {list(q.shape)}"
+            )
+        return w.detach()
+
+
+def checked_vector(op: LinearOperator, v: Tensor, name: str) -> Tensor:
+    """`v` if it is a finite vector [n] of the operator's dtype and device; an error that calls it `name` if not."""
+    if not isinstance(v, Tensor):
+        raise TypeError(f"`{name}` is a {type(v).__name__}; pass a torch tensor of shape [{op.shape[0]}]")
+    if v.shape != (op.shape[0],):
+        raise ValueError(f"`{name}` has shape {list(v.shape)}; it must be [{op.shape[0]}]")
+    if v.dtype != op.dtype or v.device != op.device:
+        raise ValueError(
+            f"`{name}` is {v.dtype} on {v.device}; {op!r} works in {op.dtype} on {op.device}: use {name}.to(...)"
+        )
+    if not bool(torch.isfinite(v).all()):
+        raise ValueError(f"`{name}` has NaN or infinite entries; all must be finite")
+    return v.detach()
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """No autograd graph and no inference tensors, whatever mode the caller is in. Operators enable what they need."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _orthogonalise(Q: Tensor, w: Tensor) -> tuple[Tensor, Tensor, float]:
+    """w [n] = Qᵀ h + rest with Q rest = 0: coefficients h [m] (float64, CPU), the rest [n], its norm.
+
+    Two passes, and a third where the second took away more than it left. w itself is not written to: it may belong to
+    the operator.
+    """
+    h = project(Q, w)
+    rest = w - combine(Q, h)
+    for _ in range(2):
+        correction = project(Q, rest)
+        h += correction
+        rest -= combine(Q, correction)
+        left = float(norm(rest))
+        if float(torch.linalg.vector_norm(correction)) <= left:
+            break
+    return h.cpu(), rest, left

@@ -1,0 +1,291 @@
+"""Symmetric linear operators: one method to write, algebra and conversions for free."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..landscape.layout import Layout
+
+if TYPE_CHECKING:
+    import scipy.sparse.linalg
+
+    from ..landscape.blocks import Block
+
+# Columns handed to `matmat` at once by `dense`: bounds its working memory.
+DENSE_COLUMNS = 64
+
+
+class LinearOperator(ABC):
+    """A symmetric matrix A [n, n] known by its products.
+
+    Subclasses write `matmat(V [n, m]) -> [n, m]`; every algorithm in `sharpscope.hessian` accepts the result.
+
+    Args:
+        n: Number of rows.
+        dtype, device: Of the vectors that `matmat` takes and returns.
+        layout: Names and shapes behind the flat vectors, for `unflatten`.
+        relative_error: Stated bound on ‖computed A v − A v‖ / (‖A‖ ‖v‖); rounding unless the product is approximate.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        layout: Layout | None = None,
+        relative_error: float | None = None,
+    ) -> None:
+        if n < 1:
+            raise ValueError(f"`n` is {n}; an operator needs at least one row")
+        self._n = n
+        self._dtype = dtype
+        self._device = torch.device(device)
+        self._layout = layout
+        self._relative_error = relative_error
+
+    @abstractmethod
+    def matmat(self, V: Tensor) -> Tensor:
+        """A V for V [n, m]."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self._n, self._n))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def layout(self) -> Layout | None:
+        return self._layout
+
+    @property
+    def relative_error(self) -> float:
+        """Stated bound on the error of one product, relative to ‖A‖ ‖v‖."""
+        return 16 * torch.finfo(self.dtype).eps if self._relative_error is None else self._relative_error
+
+    def start_vector(self) -> Tensor | None:
+        """A cheap vector [n] rich in the top eigenvectors (the gradient, for a Hessian), or None."""
+        return None
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """A v for v [n]."""
+        return self.matmat(v.unsqueeze(1)).squeeze(1)
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        """A v or A V, with shape, dtype and device checked."""
+        if not isinstance(V, Tensor):
+            raise TypeError(f"`V` is a {type(V).__name__}; pass a torch tensor, or use to_scipy() for NumPy arrays")
+        if V.ndim not in (1, 2) or V.shape[0] != self._n:
+            raise ValueError(f"`V` has shape {list(V.shape)}; this operator takes [{self._n}] or [{self._n}, m]")
+        if V.dtype != self.dtype or V.device != self.device:
+            raise ValueError(
+                f"`V` is {V.dtype} on {V.device}; this operator works in {self.dtype} on {self.device}: use V.to(...)"
+            )
+        return self.matvec(V) if V.ndim == 1 else self.matmat(V)
+
+    def __add__(self, other: LinearOperator) -> LinearOperator:
+        if not isinstance(other, LinearOperator):
+            return NotImplemented
+        return SumOperator(self, other)
+
+    def __sub__(self, other: LinearOperator) -> LinearOperator:
+        if not isinstance(other, LinearOperator):
+            return NotImplemented
+        return SumOperator(self, ScaledOperator(other, -1.0))
+
+    def __mul__(self, factor: float) -> LinearOperator:
+        if not isinstance(factor, int | float):
+            return NotImplemented
+        return ScaledOperator(self, float(factor))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> LinearOperator:
+        return self * (1.0 / divisor)
+
+    def __neg__(self) -> LinearOperator:
+        return self * -1.0
+
+    def shifted(self, sigma: float) -> LinearOperator:
+        """A + σ I."""
+        return self + sigma * IdentityOperator(self._n, dtype=self.dtype, device=self.device)
+
+    def block(self, block: Block) -> LinearOperator:
+        """The principal submatrix A[i, i] of the coordinates i of a block."""
+        return RestrictedOperator(self, block)
+
+    def dense(self) -> Tensor:
+        """The matrix [n, n], from n products. Meant for small n: it holds n² numbers."""
+        columns = []
+        for first in range(0, self._n, DENSE_COLUMNS):
+            last = min(first + DENSE_COLUMNS, self._n)
+            V = torch.zeros(self._n, last - first, dtype=self.dtype, device=self.device)
+            V[torch.arange(first, last), torch.arange(last - first)] = 1.0
+            columns.append(self.matmat(V))
+        return torch.cat(columns, dim=1)
+
+    def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
+        """The same operator for SciPy: NumPy vectors on the CPU in and out."""
+        import scipy.sparse.linalg
+
+        def product(V):
+            result = self @ torch.as_tensor(V).to(self.device, self.dtype)
+            return result.detach().cpu().numpy()
+
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return scipy.sparse.linalg.LinearOperator(
+            shape=(self._n, self._n), matvec=product, matmat=product, rmatvec=product, rmatmat=product, dtype=dtype
+        )  # type: ignore[call-arg]
+
+    def unflatten(self, v: Tensor) -> dict[str, Tensor]:
+        """A flat v [n] as tensors by parameter name."""
+        if self._layout is None:
+            raise ValueError("this operator has no parameter names: it was not made from an Objective")
+        return self._layout.unflatten(v)
+
+    def flatten(self, tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
+        """Tensors by parameter name as a flat vector [n]."""
+        if self._layout is None:
+            raise ValueError("this operator has no parameter names: it was not made from an Objective")
+        return self._layout.flatten(tensors)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(n={self._n}, dtype={self.dtype}, device={self.device})"
+
+
+class DenseOperator(LinearOperator):
+    """A matrix [n, n] held in memory."""
+
+    def __init__(self, matrix: Tensor, *, layout: Layout | None = None) -> None:
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"`matrix` has shape {list(matrix.shape)}; it must be square")
+        if not torch.allclose(matrix, matrix.T, rtol=1e-4, atol=1e-5 * float(matrix.abs().max())):
+            raise ValueError("`matrix` is not symmetric; pass (matrix + matrix.T) / 2")
+        super().__init__(matrix.shape[0], dtype=matrix.dtype, device=matrix.device, layout=layout)
+        self._matrix = matrix
+
+    def matmat(self, V: Tensor) -> Tensor:
+        return self._matrix @ V
+
+
+class DiagonalOperator(LinearOperator):
+    """diag(d) for d [n]."""
+
+    def __init__(self, diagonal: Tensor, *, layout: Layout | None = None) -> None:
+        super().__init__(diagonal.shape[0], dtype=diagonal.dtype, device=diagonal.device, layout=layout)
+        self._diagonal = diagonal
+
+    def matmat(self, V: Tensor) -> Tensor:
+        return self._diagonal.unsqueeze(1) * V
+
+
+class IdentityOperator(LinearOperator):
+    """The identity matrix I [n, n]."""
+
+    def matmat(self, V: Tensor) -> Tensor:
+        return V.clone()
+
+
+class SumOperator(LinearOperator):
+    """A + B."""
+
+    def __init__(self, first: LinearOperator, second: LinearOperator) -> None:
+        same = (first.shape, first.dtype, first.device) == (second.shape, second.dtype, second.device)
+        if not same:
+            raise ValueError(f"cannot add {first!r} and {second!r}: shape, dtype and device must agree")
+        error = max(first.relative_error, second.relative_error)
+        super().__init__(
+            first.shape[0],
+            dtype=first.dtype,
+            device=first.device,
+            layout=first.layout or second.layout,
+            relative_error=error,
+        )
+        self._terms = (first, second)
+
+    def matmat(self, V: Tensor) -> Tensor:
+        return self._terms[0].matmat(V) + self._terms[1].matmat(V)
+
+    def start_vector(self) -> Tensor | None:
+        return self._terms[0].start_vector()
+
+
+class ScaledOperator(LinearOperator):
+    """c A."""
+
+    def __init__(self, op: LinearOperator, factor: float) -> None:
+        super().__init__(
+            op.shape[0], dtype=op.dtype, device=op.device, layout=op.layout, relative_error=op.relative_error
+        )
+        self._op, self._factor = op, factor
+
+    def matmat(self, V: Tensor) -> Tensor:
+        return self._factor * self._op.matmat(V)
+
+    def start_vector(self) -> Tensor | None:
+        return self._op.start_vector()
+
+
+class RestrictedOperator(LinearOperator):
+    """Principal submatrix of any operator: embed, multiply, select. One full product of A for each product."""
+
+    def __init__(self, op: LinearOperator, block: Block) -> None:
+        if op.layout is None:
+            raise ValueError(f"`block` {block.name!r} needs parameter names, which {op!r} does not have")
+        self._indices = block.indices(op.layout).to(op.device)
+        super().__init__(
+            len(self._indices), dtype=op.dtype, device=op.device, relative_error=op.relative_error
+        )
+        self._op = op
+
+    def matmat(self, V: Tensor) -> Tensor:
+        embedded = V.new_zeros(self._op.shape[0], V.shape[1])
+        embedded[self._indices] = V
+        return self._op.matmat(embedded)[self._indices]
+
+
+class PreconditionedOperator(LinearOperator):
+    """P^-1/2 A P^-1/2 for a positive diagonal P: curvature in the geometry of an optimizer.
+
+    It has the eigenvalues of P^-1 A and is symmetric.
+
+    Args:
+        op: A, shape [n, n].
+        preconditioner: The diagonal of P [n], every entry positive and finite.
+
+    Source: Cohen et al., Adaptive Gradient Methods at the Edge of Stability, 2022, section 2.
+    """
+
+    def __init__(self, op: LinearOperator, preconditioner: Tensor) -> None:
+        if preconditioner.shape != (op.shape[0],):
+            raise ValueError(f"`preconditioner` has shape {list(preconditioner.shape)}; it must be [{op.shape[0]}]")
+        bad = ~(torch.isfinite(preconditioner) & (preconditioner > 0))
+        if bool(bad.any()):
+            i = int(bad.nonzero()[0])
+            raise ValueError(
+                f"`preconditioner[{i}]` is {float(preconditioner[i])} ({int(bad.sum())} such entries); "
+                "every entry must be positive and finite: add the optimizer's eps"
+            )
+        super().__init__(
+            op.shape[0], dtype=op.dtype, device=op.device, layout=op.layout, relative_error=op.relative_error
+        )
+        self._op = op
+        self._inverse_root = preconditioner.to(op.device, op.dtype).rsqrt().unsqueeze(1)  # [n, 1]
+
+    def matmat(self, V: Tensor) -> Tensor:
+        return self._inverse_root * self._op.matmat(self._inverse_root * V)
+
+    def start_vector(self) -> Tensor | None:
+        start = self._op.start_vector()
+        return None if start is None else start * self._inverse_root.squeeze(1)

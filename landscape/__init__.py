@@ -1,0 +1,7 @@
+"""The loss as a function of the weights."""
+
+from .blocks import Block, Partition, partition
+from .layout import Layout
+from .objective import Chunk, Objective
+
+__all__ = ["Block", "Chunk", "Layout", "Objective", "Partition", "partition"]

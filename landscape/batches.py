@@ -1,0 +1,143 @@
+"""What a user may hand over as data, read as a sequence of batches that can be counted, moved and sliced."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A loader is kept in memory after its first pass when its batches are smaller than this: products re-read the data.
+CACHED_BYTES = 1 << 30
+
+
+def as_batches(data: Any) -> Iterable[Any]:
+    """Batches behind `data`: one batch (tensor, mapping, tuple of tensors), a list of batches, a loader or a dataset.
+
+    Raises:
+        TypeError: `data` is a one-shot iterator, or not data at all.
+        ValueError: a list of bare tensors, which could be one batch or many.
+    """
+    if isinstance(data, Tensor | Mapping):
+        return [data]
+    if isinstance(data, tuple):
+        return list(data) if data and all(isinstance(item, tuple | list | Mapping) for item in data) else [data]
+    if isinstance(data, list):
+        if not data:
+            raise ValueError("`data` is an empty list; give at least one batch")
+        if all(isinstance(item, Tensor) for item in data):
+            raise ValueError(
+                f"`data` is a list of {len(data)} tensors, which may be one batch or several; "
+                "pass tuple(data) for one batch (inputs, targets), or [(t,) for t in data] for several"
+            )
+        return data
+    if isinstance(data, torch.utils.data.TensorDataset):
+        return [data.tensors]
+    if isinstance(data, Iterator):
+        raise TypeError(
+            f"`data` is a {type(data).__name__} that can be read only once; curvature needs many passes: "
+            "pass list(data)"
+        )
+    if isinstance(data, torch.utils.data.Dataset) and not isinstance(data, torch.utils.data.IterableDataset):
+        return torch.utils.data.DataLoader(data, batch_size=256)
+    if isinstance(data, Iterable):
+        return data
+    raise TypeError(
+        f"`data` is a {type(data).__name__}; pass one batch (a tensor, a dict, a tuple such as (inputs, targets)), "
+        "a list of batches, or a DataLoader"
+    )
+
+
+def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """`batch` with `function` applied to each tensor in its mappings, tuples and lists."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(value, function) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(value, function) for value in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(map_tensors(value, function) for value in batch)
+    return batch
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """Every tensor of a batch, in order."""
+    found: list[Tensor] = []
+    map_tensors(batch, lambda t: found.append(t) or t)
+    return found
+
+
+def leading_size(batch: Any, number: int) -> int:
+    """Examples in a batch: the length of its first tensor's first axis."""
+    for tensor in tensors_of(batch):
+        if tensor.ndim > 0:
+            return tensor.shape[0]
+    raise ValueError(
+        f"batch {number} holds no tensor with an example axis (it is a {type(batch).__name__}); "
+        "pass count=lambda batch: ... to say how many examples it stands for"
+    )
+
+
+def examples(batch: Any, first: int, last: int, size: int) -> Any:
+    """Examples [first, last) of a batch of `size`: tensors with that leading length are sliced, the rest is kept."""
+
+    def narrow(tensor: Tensor) -> Tensor:
+        return tensor[first:last] if tensor.ndim > 0 and tensor.shape[0] == size else tensor
+
+    return map_tensors(batch, narrow)
+
+
+def digest(batch: Any, into: Any = None) -> Any:
+    """SHA-256 over the contents of every tensor of a batch (continues `into` when given)."""
+    sha = hashlib.sha256() if into is None else into
+    for tensor in tensors_of(batch):
+        plain = tensor.detach().cpu().contiguous()
+        sha.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+        sha.update(plain.reshape(-1).view(torch.uint8).numpy())
+    return sha
+
+
+class Batches:
+    """Re-readable batches on one device; a small loader is read once and kept.
+
+    Args:
+        data: Whatever `as_batches` takes.
+        device: Where each batch goes.
+        dtype: Floating tensors are cast to it; None leaves them.
+    """
+
+    def __init__(self, data: Any, device: torch.device, dtype: torch.dtype | None) -> None:
+        self._source = as_batches(data)
+        self._device, self._dtype = device, dtype
+        self._kept: list[Any] | None = None
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        target = self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype
+        placed = tensor.to(self._device, target)
+        # A tensor made under inference_mode cannot be saved for a backward pass; its clone can.
+        return placed.clone() if placed.is_inference() else placed
+
+    def read(self) -> Iterator[Any]:
+        """One pass over the source itself; a loader's own generators are left as found."""
+        loader = self._source
+        holders = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+        generators = [g for holder in holders if isinstance(g := getattr(holder, "generator", None), torch.Generator)]
+        found = [g.get_state() for g in generators]
+        try:
+            for batch in self._source:
+                yield map_tensors(batch, self._place)
+        finally:
+            for generator, state in zip(generators, found, strict=True):
+                generator.set_state(state)
+
+    def keep(self, batches: list[Any]) -> None:
+        """Serve later passes from these batches, when the source is not in memory already and they are small."""
+        small = sum(t.nbytes for batch in batches for t in tensors_of(batch)) <= CACHED_BYTES
+        if small and not isinstance(self._source, list):
+            self._kept = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._kept) if self._kept is not None else self.read()

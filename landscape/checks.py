@@ -1,0 +1,276 @@
+"""The first look at an objective: counts, and everything that would make later numbers silently wrong."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .batches import CACHED_BYTES, digest, examples, leading_size, tensors_of
+
+if TYPE_CHECKING:
+    from .objective import Objective
+
+log = logging.getLogger("sharpscope")
+_said: set[str] = set()
+
+BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm,)
+DROPOUTS = (nn.modules.dropout._DropoutNd,)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the first pass over the data found."""
+
+    sizes: tuple[int, ...]  # examples per batch, on this rank
+    terms: tuple[float, ...]  # count behind each batch's mean
+    total: float  # of the terms, over all ranks
+
+    @property
+    def num_examples(self) -> int:
+        return sum(self.sizes)
+
+
+def checked_loss(loss: Any, number: int, batch: Any = None, *, differentiable: bool = True) -> Tensor:
+    """`loss` itself when it is a finite real scalar that can be differentiated.
+
+    Raises:
+        TypeError: not a tensor. ValueError: not a scalar, complex, not differentiable, NaN or infinite (with the
+        number of the batch).
+    """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"`loss` returned a {type(loss).__name__} for batch {number}; return a scalar tensor")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"`loss` returned a tensor of shape {list(loss.shape)} for batch {number}; "
+            "return one number, the mean over the batch's examples"
+        )
+    if not loss.is_floating_point():
+        raise ValueError(f"`loss` returned {loss.dtype} for batch {number}; return a real floating scalar")
+    if not bool(torch.isfinite(loss.detach()).all()):
+        bad = sum(int((~torch.isfinite(t)).sum()) for t in tensors_of(batch) if t.is_floating_point())
+        where = f"; the batch itself holds {bad} non-finite numbers" if bad else ""
+        raise ValueError(
+            f"the loss of batch {number} is {float(loss.detach())}{where}; "
+            "curvature is defined only where the loss is finite: remove the batch or lower the learning rate"
+        )
+    if differentiable and not loss.requires_grad:
+        raise ValueError(
+            f"the loss of batch {number} does not require grad: it does not depend on the selected parameters, or was "
+            "computed under no_grad or detached inside `loss`"
+        )
+    return loss.reshape(())
+
+
+def say_once(message: str) -> None:
+    """Logs a message the first time it comes up in this process."""
+    if message not in _said:
+        _said.add(message)
+        log.warning(message)
+
+
+class _AttentionWatch(TorchFunctionMode):
+    """Notices calls of scaled_dot_product_attention."""
+
+    seen = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.seen = True
+        return func(*args, **(kwargs or {}))
+
+
+def first_look(objective: Objective) -> Look:
+    """Counts the data and, unless checks are off, verifies determinism, finiteness and the meaning of the mean."""
+    if objective._batches is None:
+        look = Look((1,), (1.0,), 1.0)
+        if objective._check:
+            _check_repeatable(objective, None, 0)
+        return look
+    watch = _AttentionWatch()
+    sizes, terms, losses, digests, kept = [], [], [], [], []
+    kept_bytes, first = 0, None
+    with objective.evaluation() as theta, torch.no_grad(), watch:
+        for number, batch in enumerate(objective._batches.read()):
+            sizes.append(_size(objective, batch, number))
+            terms.append(objective._terms(batch, number))
+            first = batch if first is None and terms[-1] > 0 else first
+            if objective._check:
+                value = checked_loss(objective._evaluate(batch, theta), number, batch, differentiable=False) \
+                    if terms[-1] > 0 else torch.zeros(())
+                losses.append(float(value))
+                digests.append(digest(batch).hexdigest())
+            kept_bytes += sum(t.nbytes for t in tensors_of(batch))
+            if kept_bytes <= CACHED_BYTES:
+                kept.append(batch)
+    if not sizes:
+        raise ValueError("`data` is empty: it yielded no batch; a loader can be read again only if it is not an iterator")
+    total = torch.tensor(sum(terms), dtype=torch.float64, device=objective.device)
+    total = float(objective.all_reduce(total))
+    if total <= 0:
+        raise ValueError(f"`data` counts {total:g} terms in all; at least one label must not be ignored")
+    look = Look(tuple(sizes), tuple(terms), total)
+    _note(objective, watch.seen)
+    if objective._check:
+        _check_data_repeat(objective, look, losses, digests)
+        _check_repeatable(objective, first, 0)
+        _check_mean(objective, look, first)
+    if len(kept) == len(sizes):
+        objective._batches.keep(kept)
+    return look
+
+
+def _size(objective: Objective, batch: Any, number: int) -> int:
+    try:
+        size = leading_size(batch, number)
+    except ValueError:
+        if not objective._count_given:
+            raise
+        return 1
+    if size == 0:
+        raise ValueError(f"batch {number} holds no example (a tensor of length 0); drop it")
+    return size
+
+
+def _note(objective: Objective, attention: bool) -> None:
+    modules = [] if objective.model is None else list(objective.model.modules())
+    if attention:
+        note = "scaled_dot_product_attention runs on its math kernel here: the fused ones have no second derivative"
+        objective.notes.append(note)
+        say_once(note)
+    if objective._mode == "eval" and any(isinstance(m, BATCH_STATISTICS) and m.training for m in modules):
+        note = (
+            "the model has BatchNorm in training mode; curvature is taken in eval mode (running statistics): "
+            "pass mode='train' for the statistics of each batch"
+        )
+        objective.notes.append(note)
+        say_once(note)
+
+
+def _check_data_repeat(objective: Objective, look: Look, losses: Sequence[float], digests: Sequence[str]) -> None:
+    """The objective must be one number: a second pass over the data has to give it again."""
+    assert objective._batches is not None
+    again, digests_again, terms_again = [], [], []
+    with objective.evaluation() as theta, torch.no_grad():
+        # Another random state: a loader that shuffles would repeat itself under the restored one.
+        torch.manual_seed(torch.initial_seed() + 1)
+        np.random.seed(torch.initial_seed() % 2**32)
+        random.seed(torch.initial_seed())
+        for number, batch in enumerate(objective._batches.read()):
+            digests_again.append(digest(batch).hexdigest())
+            terms_again.append(objective._terms(batch, number))
+            value = objective._evaluate(batch, theta) if terms_again[-1] > 0 else 0.0
+            again.append(float(value))
+    same_data = digests_again == list(digests)
+    total = _weighted(objective, losses, look.terms)
+    total_again = _weighted(objective, again, terms_again)
+    if _close(objective, total, total_again) and (same_data or len(again) == len(losses)):
+        return
+    if not same_data:
+        number = next((i for i, (a, b) in enumerate(zip(digests, digests_again, strict=False)) if a != b), len(digests))
+        raise ValueError(
+            f"`data` gave other batches in a second pass (from batch {number} on): the loader shuffles, drops or "
+            f"augments, and the loss went from {total:.6g} to {total_again:.6g}; "
+            "use shuffle=False, drop_last=False and fixed transforms, or freeze one draw with list(loader)"
+        )
+    _explain_randomness(objective, total, total_again)
+
+
+def _weighted(objective: Objective, losses: Sequence[float], terms: Sequence[float]) -> float:
+    if objective._reduction == "sum":
+        return sum(losses)
+    return sum(loss * term for loss, term in zip(losses, terms, strict=True)) / max(sum(terms), 1e-300)
+
+
+def _close(objective: Objective, a: float, b: float, factor: float = 64.0) -> bool:
+    return abs(a - b) <= factor * objective.coarsest_eps * max(abs(a), abs(b))
+
+
+def _check_repeatable(objective: Objective, batch: Any, number: int) -> None:
+    """Two gradients of one batch: randomness may leave the loss alone, for example under a zero output layer."""
+    with objective.evaluation() as theta:
+        values, gradients = [], []
+        for _ in range(2):
+            loss = checked_loss(objective._evaluate(batch, theta), number, batch)
+            gradients.append(objective.join(torch.autograd.grad(loss, theta, allow_unused=True)))
+            values.append(float(loss.detach()))
+    difference = float((gradients[0] - gradients[1]).norm())
+    scale = max(float(g.norm()) for g in gradients)
+    if not _close(objective, *values) or difference > 1e-3 * scale:
+        _explain_randomness(objective, *values)
+
+
+def _explain_randomness(objective: Objective, first: float, second: float) -> None:
+    modules = {} if objective.model is None else dict(objective.model.named_modules())
+    in_training = objective._mode == "train"
+    active = [
+        name or type(module).__name__
+        for name, module in modules.items()
+        if isinstance(module, DROPOUTS) and module.p > 0 and (in_training or (objective._mode == "keep" and module.training))
+    ]
+    two = f"two passes over the same data disagree (loss {first:.6g}, then {second:.6g}, or their gradients do)"
+    if active:
+        raise ValueError(
+            f"dropout is active in {active[:3]}{' ...' if len(active) > 3 else ''}: {two}; "
+            "pass mode='eval', or set the dropout probability to 0"
+        )
+    raise ValueError(
+        f"the loss is not deterministic: {two}; the model or `loss` draws random numbers in mode={objective._mode!r} "
+        "(noise, sampling, stochastic depth, F.dropout without training=False) or uses nondeterministic kernels: "
+        "seed them inside `loss`, or switch them off"
+    )
+
+
+def _check_mean(objective: Objective, look: Look, batch: Any) -> None:
+    """Whether the loss of a batch is the count-weighted mean of the losses of its halves.
+
+    It matters where a batch is cut or where batches of unequal size are averaged, and only there.
+    """
+    cuts = objective._chunk_size is not None
+    # A count given by hand settles the weights of whole batches.
+    unequal = (len(set(look.terms)) > 1 or objective.group is not None) and not objective._count_given
+    size = look.sizes[0]
+    if not (cuts or unequal) or size < 2 or objective._reduction == "sum":
+        return
+    half = size // 2
+    parts = [examples(batch, 0, half, size), examples(batch, half, size, size)]
+    try:
+        with objective.evaluation() as theta, torch.no_grad():
+            whole = float(checked_loss(objective._evaluate(batch, theta), 0, differentiable=False))
+            counts = [objective._terms(part, 0) for part in parts]
+            values = [
+                float(checked_loss(objective._evaluate(part, theta), 0, differentiable=False)) if count > 0 else 0.0
+                for part, count in zip(parts, counts, strict=True)
+            ]
+    except Exception as error:
+        raise ValueError(
+            f"a batch cannot be cut into smaller ones: the loss fails on its first half with "
+            f"{type(error).__name__}: {error}; "
+            + ("use chunk_size=None" if cuts else "pass count=lambda batch: ... to say how much each batch weighs")
+        ) from error
+    mean = _weighted(objective, values, counts)
+    spread = max(abs(whole), *(abs(v) for v in values))
+    if abs(whole - mean) <= 1e3 * objective.coarsest_eps * spread:
+        return
+    statistics = objective.model is not None and any(isinstance(m, BATCH_STATISTICS) for m in objective.model.modules())
+    cause = (
+        "BatchNorm takes the statistics of each batch"
+        if statistics and objective._mode != "eval"
+        else "it is a sum, skips some terms (padding, ignored labels), or mixes examples"
+    )
+    cure = (
+        "use chunk_size=None"
+        if cuts
+        else "pass count=lambda batch: ... with the number of terms behind each batch's mean (or reduction='sum')"
+    )
+    raise ValueError(
+        f"the loss of a batch ({whole:.6g}) is not the mean over its examples (its halves give {mean:.6g}): {cause}; "
+        f"{cure}"
+    )

@@ -1,0 +1,158 @@
+"""Every engine against the dense double-backward oracle, and the choice among engines."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sharpscope import Hessian, Objective, partition
+from torch import nn
+
+ENGINES = ("double-backward", "forward-over-reverse", "finite-difference")
+
+
+def split_batches(data, *sizes):
+    return list(zip(*(t.split(sizes) for t in data), strict=True))
+
+
+def uneven(data):
+    rows = len(data[0])
+    return split_batches(data, rows // 2, rows // 3, rows - rows // 2 - rows // 3)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_products_equal_the_dense_hessian(problem, engine, dense_hessian):
+    model, data = problem
+    exact = dense_hessian(lambda: F.cross_entropy(model(data[0]), data[1]), model.parameters())
+    hessian = Hessian(Objective.supervised(model, nn.CrossEntropyLoss(), uneven(data)), engine=engine)
+    V = torch.randn(exact.shape[0], 5, dtype=torch.float64)
+    error = torch.linalg.matrix_norm(hessian @ V - exact @ V, 2) / (torch.linalg.matrix_norm(exact, 2) * V.norm())
+    assert float(error) <= hessian.relative_error
+    assert hessian.relative_error < 1e-8
+    torch.testing.assert_close(hessian @ V[:, 0], (hessian @ V)[:, 0], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "transformer"])
+def test_engines_agree_in_float32_within_their_stated_errors(make_problem, name):
+    model, data = make_problem(name, torch.float32)
+    objective = Objective.supervised(model, nn.CrossEntropyLoss(), data)
+    exact = Hessian(Objective.supervised(model, nn.CrossEntropyLoss(), data, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(0)
+    top = torch.linalg.eigh(exact.dense())[1][:, -3:]
+    V = torch.cat([top, torch.randn(top.shape[0], 3, generator=generator, dtype=torch.float64)], dim=1)
+    V = V / V.norm(dim=0)
+    scale = float(torch.linalg.eigvalsh(exact.dense()).abs().max())
+    for engine in ENGINES:
+        hessian = Hessian(objective, engine=engine)
+        error = float(((hessian @ V.float()).double() - exact @ V).norm(dim=0).max())
+        assert error <= hessian.relative_error * scale, engine
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", ["parameter", "layer", "head"])
+def test_block_products_are_principal_submatrices(make_problem, dense_hessian, engine, kind):
+    model, data = make_problem("transformer")
+    exact = dense_hessian(lambda: F.cross_entropy(model(data[0]), data[1]), model.parameters())
+    objective = Objective.supervised(model, nn.CrossEntropyLoss(), data)
+    hessian = Hessian(objective, engine=engine)
+    blocks = list(partition(objective, kind, **({"head_count": 2} if kind == "head" else {})).values())
+    for block in blocks[:: max(1, len(blocks) // 4)]:
+        at = block.indices(objective.layout)
+        restricted = hessian.block(block)
+        V = torch.randn(len(at), 2, dtype=torch.float64)
+        torch.testing.assert_close(restricted @ V, exact[at][:, at] @ V, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_weights_changed_between_products_are_noticed(mlp, dense_hessian, engine):
+    model, data = mlp
+    hessian = Hessian(Objective.supervised(model, nn.CrossEntropyLoss(), data), engine=engine)
+    v = torch.ones(hessian.shape[0], dtype=torch.float64)
+    hessian @ v
+    for change in (lambda: model[0].weight.data.mul_(1.5), lambda: torch.optim.SGD(model.parameters(), 1.0).step()):
+        F.cross_entropy(model(data[0]), data[1]).backward()
+        change()
+        exact = dense_hessian(lambda: F.cross_entropy(model(data[0]), data[1]), model.parameters())
+        torch.testing.assert_close(hessian @ v, exact @ v, rtol=1e-7, atol=1e-8)
+
+
+def test_results_do_not_depend_on_how_many_graphs_fit(mlp):
+    model, data = mlp
+    v = torch.ones(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    products = []
+    for budget in (1, 60_000, 10**9):
+        objective = Objective.supervised(model, nn.CrossEntropyLoss(), data, chunk_size=10, memory_budget=budget)
+        hessian = Hessian(objective, engine="double-backward")
+        products += [hessian @ v, hessian @ v]
+    for product in products[1:]:
+        torch.testing.assert_close(product, products[0], rtol=1e-12, atol=1e-14)
+
+
+def test_unused_and_linear_parameters_have_zero_rows(mlp):
+    model, (x, y) = mlp
+    model.register_parameter("spare", nn.Parameter(torch.ones(4, dtype=torch.float64)))
+    for engine in ENGINES:
+        hessian = Hessian(Objective.supervised(model, nn.CrossEntropyLoss(), (x, y)), engine=engine)
+        product = hessian.unflatten(hessian @ torch.ones(hessian.shape[0], dtype=torch.float64))
+        assert float(product["spare"].abs().max()) == 0
+    linear = Objective.from_closure(lambda w: (w * torch.arange(3.0)).sum(), torch.ones(3))
+    for engine in ENGINES[:2]:
+        assert not (Hessian(linear, engine=engine) @ torch.ones(3)).any()
+
+
+def test_the_choice_falls_on_double_backward_and_says_why(mlp):
+    hessian = Hessian(Objective.supervised(mlp[0], nn.CrossEntropyLoss(), mlp[1]))
+    assert hessian.engine.name == "double-backward"
+    assert "fastest" in hessian.engine.reason
+
+
+class FirstOrderSquare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * x * g
+
+
+def test_what_has_only_first_derivatives_falls_back_to_differences():
+    x = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    objective = Objective.from_closure(lambda x: (FirstOrderSquare.apply(x) * x).sum(), x)
+    hessian = Hessian(objective)
+    assert hessian.engine.name == "finite-difference"
+    assert "double-backward:" in hessian.engine.reason
+    torch.testing.assert_close(hessian.dense(), torch.diag(6 * x), rtol=1e-8, atol=1e-8)
+
+
+def test_differences_state_the_error_that_kinks_leave():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 3))
+    data = (torch.randn(50, 6), torch.randint(0, 3, (50,)))
+    objective = Objective.supervised(model, nn.CrossEntropyLoss(), data)
+    exact, differences = (Hessian(objective, engine=engine) for engine in ("double-backward", "finite-difference"))
+    v = objective.gradient()
+    v = v / v.norm()
+    error = float((exact @ v - differences @ v).norm() / (exact @ v).norm())
+    assert error <= differences.relative_error
+    assert differences.relative_error > 1e-4
+
+
+def test_a_closure_without_arguments_needs_double_backward():
+    x = torch.tensor([1.0, 2.0])
+    objective = Objective.from_closure(lambda: (x**3).sum(), x)
+    torch.testing.assert_close(Hessian(objective).dense(), torch.diag(6 * x))
+    with pytest.raises(ValueError, match=r"write closure\(\*tensors\)"):
+        Hessian(objective, engine="finite-difference")
+
+
+def test_refusals(mlp):
+    objective = Objective.supervised(mlp[0], nn.CrossEntropyLoss(), mlp[1])
+    with pytest.raises(ValueError, match="near: 'double-backward'"):
+        Hessian(objective, engine="double_backward")
+    with pytest.raises(TypeError, match="make one with Objective"):
+        Hessian(mlp[0])
+    singular = Objective.from_closure(lambda x: x.norm() + x.square().sum().sqrt() ** 0.5, torch.zeros(3), check=False)
+    with pytest.raises(ValueError, match="not finite"):
+        Hessian(singular, engine="double-backward") @ torch.ones(3)

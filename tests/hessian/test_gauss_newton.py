@@ -1,0 +1,162 @@
+"""GGN, Fisher and gradient covariance against per-example Jacobians written out."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sharpscope import GGN, Fisher, GradientCovariance, Hessian, Objective
+from torch import nn
+
+
+def uneven(data):
+    rows = len(data[0])
+    sizes = (rows // 2, rows // 3, rows - rows // 2 - rows // 3)
+    return list(zip(*(t.split(sizes) for t in data), strict=True))
+
+
+def flat_gradient(value, model):
+    grads = torch.autograd.grad(value, list(model.parameters()), retain_graph=True, allow_unused=True)
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(grads, model.parameters(), strict=True)]
+    )
+
+
+def jacobian(model, x):
+    """d z / d θ, [outputs, n], by one backward pass per output."""
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        z = model(x)
+        return torch.stack([flat_gradient(entry, model) for entry in z.reshape(-1)]), z
+
+
+def dense_ggn(model, data, criterion):
+    J, z = jacobian(model, data[0])
+    z = z.detach()
+    H = torch.autograd.functional.hessian(lambda z: criterion(z, data[1]), z).reshape(z.numel(), z.numel())
+    return J.T @ H @ J
+
+
+def example_gradients(model, data):
+    rows = []
+    for x, y in zip(*data, strict=True):
+        rows.append(flat_gradient(F.cross_entropy(model(x[None]), y[None]), model))
+    return torch.stack(rows)
+
+
+def test_ggn_is_jt_h_j(problem):
+    model, data = problem
+    exact = dense_ggn(model, data, F.cross_entropy)
+    for options in ({}, {"chunk_size": 7}, {"chunk_size": 7, "memory_budget": 1}):
+        ggn = GGN(Objective.supervised(model, nn.CrossEntropyLoss(), uneven(data), **options))
+        torch.testing.assert_close(ggn.dense(), exact, rtol=1e-9, atol=1e-11)
+
+
+def test_ggn_of_a_linear_model_is_its_hessian(mlp):
+    _, data = mlp
+    model = nn.Linear(5, 3).double()
+    objective = Objective.supervised(model, nn.CrossEntropyLoss(), data)
+    torch.testing.assert_close(GGN(objective).dense(), Hessian(objective).dense(), rtol=1e-11, atol=1e-13)
+
+
+CRITERIA = {
+    "categorical": (nn.CrossEntropyLoss(), lambda y: y),
+    "weighted": (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0, 0.5], dtype=torch.float64)), lambda y: y),
+    "gaussian": (nn.MSELoss(), lambda y: F.one_hot(y, 3).double()),
+    "bernoulli": (nn.BCEWithLogitsLoss(), lambda y: F.one_hot(y, 3).double()),
+}
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_exact_fisher_equals_the_ggn_for_likelihoods(mlp, name, reduction):
+    model, (x, y) = mlp
+    criterion, encode = CRITERIA[name]
+    criterion = type(criterion)(reduction=reduction, **({"weight": criterion.weight} if name == "weighted" else {}))
+    objective = Objective.supervised(model, criterion, uneven((x, encode(y))))
+    torch.testing.assert_close(Fisher(objective).dense(), GGN(objective).dense(), rtol=1e-10, atol=1e-12)
+
+
+def test_exact_fisher_of_sequences_with_ignored_labels(make_problem):
+    model, (x, y) = make_problem("transformer")
+    y = y.clone()
+    y[0, 2:] = -100
+    objective = Objective.supervised(model, nn.CrossEntropyLoss(), uneven((x, y)))
+    torch.testing.assert_close(Fisher(objective).dense(), GGN(objective).dense(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["categorical", "gaussian", "bernoulli"])
+def test_monte_carlo_fisher_converges_at_the_square_root_rate(mlp, name):
+    model, (x, y) = mlp
+    criterion, encode = CRITERIA[name]
+    objective = Objective.supervised(model, criterion, uneven((x, encode(y))), params="4.*")
+    exact = Fisher(objective).dense()
+    errors = []
+    for num_samples in (4, 64):
+        samples = [Fisher(objective, "monte-carlo", num_samples=num_samples, seed=s).dense() for s in range(6)]
+        errors.append(torch.stack([(sample - exact).norm() for sample in samples]).mean())
+    # 16 times the samples: a quarter of the error; six repeats leave the ratio some 25 per cent of noise.
+    assert 2.5 < float(errors[0] / errors[1]) < 6.5
+    # The mean of independent estimates approaches the truth itself: no bias.
+    assert float((torch.stack(samples).mean(0) - exact).norm()) < float(errors[1])
+
+
+def test_monte_carlo_labels_do_not_depend_on_the_chunking(mlp):
+    make = lambda **options: Fisher(
+        Objective.supervised(mlp[0], nn.CrossEntropyLoss(), mlp[1], **options), "monte-carlo", num_samples=3
+    )
+    torch.testing.assert_close(make().dense(), make(chunk_size=9).dense(), rtol=1e-11, atol=1e-13)
+
+
+def test_empirical_fisher_and_covariance_against_example_gradients(problem):
+    model, data = problem
+    gradients = example_gradients(model, data)
+    second_moment = gradients.T @ gradients / len(gradients)
+    mean = gradients.mean(0)
+    for options in ({}, {"chunk_size": 4}):
+        objective = Objective.supervised(model, nn.CrossEntropyLoss(), uneven(data), **options)
+        torch.testing.assert_close(Fisher(objective, "empirical").dense(), second_moment, rtol=1e-9, atol=1e-12)
+        covariance = GradientCovariance(objective).dense()
+        torch.testing.assert_close(covariance, second_moment - torch.outer(mean, mean), rtol=1e-9, atol=1e-12)
+
+
+def test_covariance_of_a_general_loss_and_after_a_change_of_weights(mlp):
+    model, data = mlp
+    objective = Objective(model, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), data)
+    covariance = GradientCovariance(objective)
+    covariance.dense()
+    with torch.no_grad():
+        model[2].weight.mul_(2.0)
+    gradients = example_gradients(model, data)
+    exact = torch.cov(gradients.T, correction=0)
+    torch.testing.assert_close(covariance.dense(), exact, rtol=1e-9, atol=1e-12)
+
+
+def test_products_leave_no_gradient_behind(mlp):
+    model, data = mlp
+    objective = Objective.supervised(model, nn.CrossEntropyLoss(), data)
+    for operator in (GGN(objective), Fisher(objective), Fisher(objective, "empirical"), GradientCovariance(objective)):
+        with torch.inference_mode():
+            operator @ torch.ones(operator.shape[0], dtype=torch.float64)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_refusals(mlp):
+    model, (x, y) = mlp
+    supervised = Objective.supervised(model, nn.CrossEntropyLoss(), (x, y))
+    general = Objective(model, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), (x, y))
+    with pytest.raises(ValueError, match=r"Objective\.supervised"):
+        GGN(general)
+    with pytest.raises(ValueError, match=r"Objective\.supervised"):
+        Fisher(general)
+    with pytest.raises(ValueError, match="near: 'empirical'"):
+        Fisher(supervised, "empiric")
+    with pytest.raises(ValueError, match="`num_samples` is 0"):
+        Fisher(supervised, "monte-carlo", num_samples=0)
+    with pytest.raises(ValueError, match="smooths its labels"):
+        Fisher(Objective.supervised(model, nn.CrossEntropyLoss(label_smoothing=0.1), (x, y)))
+    with pytest.raises(ValueError, match="not known as a negative log-likelihood"):
+        Fisher(Objective.supervised(model, nn.MultiMarginLoss(), (x, y)))
+    with pytest.raises(ValueError, match="has no examples"):
+        GradientCovariance(Objective.from_closure(lambda w: w.sum() ** 2, torch.ones(2))).dense()
+    output = nn.ModuleDict({"m": model})
+    output.forward = lambda x: {"logits": model(x)}
+    with pytest.raises(TypeError, match="give `predict`"):
+        GGN(Objective.supervised(output, lambda z, y: F.cross_entropy(z["logits"], y), (x, y))).dense()
