@@ -25,7 +25,9 @@ def write_arrays(folder: Path, label: str, arrays: Mapping[str, Tensor]) -> str:
     safe = re.sub(r"[^A-Za-z0-9.=-]+", "_", label)[:100]
     name = f"{safe}-{_digest(content)}.safetensors"
     folder.mkdir(exist_ok=True)
-    write_atomically(folder / name, content)
+    file = folder / name
+    if not (file.exists() and _digest(file.read_bytes()) == _digest(content)):
+        write_atomically(file, content)
     return name
 
 

@@ -92,6 +92,6 @@ def _curvature_along(direction: Tensor, point: Point, name: str) -> Row:
     if length == 0.0 or not math.isfinite(length):
         return Row(name, math.nan, converged=False)
     op = point.hessian()
-    v = (direction / length).to(op.device, op.dtype)  # unit, so that squares neither overflow nor vanish
+    v = (direction / length).to(op.device, op.dtype)  # unit: an update may be tiny
     product = op @ v
     return Row(name, float(dot(v, product) / dot(v, v)), error=op.relative_error * float(norm(product)), products=1)

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..landscape.guard import plain_evaluation
-from ..landscape.objective import Objective, full_tensor
+from ..landscape.objective import Objective
+from ..landscape.state import full_tensor
 from .point import Measurement, Point, checked_measurements, measured_rows
 from .row import Row
 from .trajectory import Trajectory

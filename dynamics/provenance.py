@@ -16,21 +16,24 @@ import torch
 
 def origin() -> dict[str, Any]:
     """Versions, start time (UTC) and command line of this process."""
-    try:
-        own = importlib.metadata.version("sharpscope")
-    except importlib.metadata.PackageNotFoundError:  # run from a folder, not installed
-        own = "unknown"
     return {
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": np.__version__,
-            "sharpscope": own,
+            "sharpscope": own_version(),
             "platform": platform.platform(),
         },
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": list(sys.argv),
     }
+
+
+def own_version() -> str:
+    try:
+        return importlib.metadata.version("sharpscope")
+    except importlib.metadata.PackageNotFoundError:  # run from a folder, not installed
+        return "unknown"
 
 
 def to_json(notes: Mapping[str, Any]) -> dict[str, str]:

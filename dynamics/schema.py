@@ -15,7 +15,7 @@ APPLICATION_ID = int.from_bytes(b"shsc", "big")
 SCHEMA_VERSION = 1
 DATABASE = "trajectory.sqlite"
 
-# `value` and `error` are REAL, except NaN and -0.0, which SQLite would turn into NULL and 0.0: see `encode`.
+# `value`, `error` and `seconds` are REAL, except NaN and -0.0, which SQLite would turn into NULL and 0.0: see `encode`.
 _TABLES = (
     """CREATE TABLE measured (
         id INTEGER PRIMARY KEY, step INTEGER NOT NULL, quantity TEXT NOT NULL, block TEXT NOT NULL,
@@ -35,6 +35,27 @@ _TABLES = (
 
 class TrajectoryError(OSError, ValueError):
     """A trajectory cannot be opened, read or written; the message says what is safe and what to do."""
+
+
+def check_folder(folder: Path, mode: str) -> None:
+    """Says which mistake was made when `folder` cannot be a trajectory's."""
+    if folder.is_file():
+        if folder.name == DATABASE:
+            raise TrajectoryError(
+                f"`path` {folder} is the database inside a trajectory; give its folder {folder.parent}"
+            )
+        raise TrajectoryError(f"`path` {folder} is a file; a trajectory is a folder, give another name")
+    if mode == "r" and not (folder / DATABASE).exists():
+        if not folder.exists():
+            raise TrajectoryError(f"`path` {folder} does not exist{_near_trajectories(folder.parent)}")
+        raise TrajectoryError(f"`path` {folder} holds no trajectory ({DATABASE}){_near_trajectories(folder)}")
+
+
+def _near_trajectories(folder: Path) -> str:
+    found = sorted(str(file.parent) for file in folder.glob(f"*/{DATABASE}"))
+    if not found:
+        return '; give the folder of a run, or mode="a" to begin one'
+    return f"; there are trajectories in {', '.join(found[:5])}{' ...' if len(found) > 5 else ''}"
 
 
 def encode(x: float) -> float | bytes:
@@ -177,7 +198,7 @@ def _explanation(path: Path, doing: str, saved: str, timeout: float, error: sqli
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return f"no room left under {path}: {failed}. {saved}Free some space and resume"
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return f"{path} is not writable: {failed}. {saved}Give a folder you may write to"
+            return f"no permission for {path}: {failed}. {saved}Change it, or give a folder you may write to"
         return f"{path}: {failed}. {saved}".rstrip()
     code = _primary(error)
     if code == sqlite3.SQLITE_FULL:

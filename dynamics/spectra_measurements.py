@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..hessian.block_spectra import block_spectra
 from ..hessian.eigs import top_eigenvalues
 from ..hessian.slq import spectral_density
 from ..hessian.trace import trace
+from ..landscape.blocks import Blocks, Partition
 from .point import Point
 from .row import Row
 
@@ -134,6 +136,60 @@ class Density:
             seconds=density.seconds,
             arrays={"nodes": density.nodes, "weights": density.weights},
         )
+
+
+@dataclass(frozen=True)
+class BlockSpectra:
+    """Spectrum of every diagonal block of the Hessian, and how much the blocks differ.
+
+    Rows: "block_sharpness" for each block, its largest eigenvalue with the residual bound; and one under the
+    measurement's name, the mean Jensen-Shannon divergence between blocks in nats, with arrays "js_divergence"
+    [B, B] and for each block "NAME/nodes" and "NAME/weights", the eigenvalues found and their shares.
+
+    Args:
+        every: Period in steps.
+        blocks: "parameter", "layer", "head", "neuron", globs or a partition, as for `block_spectra`.
+        dense_limit: Blocks up to this size are diagonalised exactly; None as in `block_spectra`.
+        num_steps, num_probes: Of the density of a larger block.
+        tol: Of the largest eigenvalue of a larger block.
+        seed: Of the probe vectors, the same at every point.
+    """
+
+    every: int | None = None
+    blocks: Blocks | Partition = "parameter"
+    _: KW_ONLY
+    dense_limit: int | None = None
+    num_steps: int = 40
+    num_probes: int = 8
+    tol: float = 1e-3
+    seed: int = 0
+    name: str = "heterogeneity"
+
+    def measure(self, point: Point) -> Iterator[Row]:
+        spectra = block_spectra(
+            point.objective,
+            self.blocks,
+            operator=point.hessian(),
+            dense_limit=self.dense_limit,
+            num_steps=self.num_steps,
+            num_probes=self.num_probes,
+            num_top=1,
+            tol=self.tol,
+            seed=self.seed,
+        )
+        arrays = {"js_divergence": spectra.js_divergence()}
+        for block, spectrum in spectra.items():
+            arrays[f"{block}/nodes"], arrays[f"{block}/weights"] = spectrum.atoms()
+            yield Row(
+                "block_sharpness",
+                float(spectrum.top[0]),
+                float(spectrum.top_residuals[0]),
+                block=block,
+                converged=spectrum.converged,
+                products=spectrum.products,
+                seconds=spectrum.seconds,
+            )
+        yield Row(self.name, spectra.heterogeneity().js_mean, converged=spectra.converged, arrays=arrays)
 
 
 def _previous_vectors(point: Point) -> Tensor | None:

@@ -34,7 +34,7 @@ def pandas_table(database: Database) -> pd.DataFrame:
             "error": np.array([decode(x) for x in error], dtype=np.float64),
             "converged": np.array(converged, dtype=bool),
             "products": np.array(products, dtype=np.int64),
-            "seconds": np.array(seconds, dtype=np.float64),
+            "seconds": np.array([decode(x) for x in seconds], dtype=np.float64),
         }
     )
 

@@ -14,10 +14,11 @@ import numpy as np
 from torch import Tensor
 
 from .array_files import read_arrays, write_arrays
+from .cells import RECALL, cell_of, delete_others, remember_cells, row_of, write_cells
 from .database import Database
 from .provenance import origin, to_json
 from .row import Row
-from .schema import DATABASE, TrajectoryError, decode, encode, explained
+from .schema import TrajectoryError, check_folder, decode, explained
 from .tables import pandas_table, write_csv, write_parquet
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Trajectory:
             raise ValueError('`provenance` cannot be written with mode="r"; leave it out, or use mode="a"')
         notes = to_json(provenance or {})
         folder = Path(path).expanduser()
-        _check_folder(folder, mode)
+        check_folder(folder, mode)
         with explained(folder, "opening the trajectory", timeout=timeout):
             if mode != "r":
                 folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +108,15 @@ class Trajectory:
 
     # Writing
 
-    def record(self, step: int, rows: Iterable[Row] = (), *, complete: bool = True, key: str | None = None) -> None:
+    def record(
+        self,
+        step: int,
+        rows: Iterable[Row] = (),
+        *,
+        complete: bool = True,
+        replace: bool = False,
+        key: str | None = None,
+    ) -> None:
         """Keeps `rows` at `step`, all of them or, after an error, none.
 
         A row with the same step, quantity, block and index replaces the earlier one.
@@ -117,6 +126,7 @@ class Trajectory:
             rows: What was measured; may be empty.
             complete: Marks the step as done, so that a resumed run need not measure it again. Give False when
                 more measurements of this step will follow.
+            replace: Drops other rows of the same quantities at this step, which an earlier run may have left.
             key: Remembers the rows under this text as well, for `recall`.
         """
         step = _checked_step(step)
@@ -126,25 +136,22 @@ class Trajectory:
                 raise TypeError(f"`rows` holds {row!r}; give sharpscope Row objects")
         self._database.require_writable()
         doing = f"recording step {step}"
-        entries = []
+        cells = []
         for row in rows:
             file = None
             if row.arrays:
                 label = f"{step}-{row.quantity}-{row.block}-{row.index}"
                 with explained(self.path, doing, saved=self._database.saved()):
                     file = write_arrays(self.path / "arrays", label, row.arrays)
-            entries.append((row.quantity, row.block, row.index, *_numbers(row), file))
+            cells.append(cell_of(row, file))
         with self._database.transaction(doing) as connection:
-            connection.executemany(_UPSERT, [(step, *entry) for entry in entries])
+            if replace:
+                delete_others(connection, step, cells)
+            write_cells(connection, step, cells)
             if complete:
                 connection.execute("INSERT OR IGNORE INTO steps VALUES (?)", (step,))
             if key is not None:
-                connection.execute("DELETE FROM cached WHERE key = ?", (key,))
-                connection.execute("INSERT OR IGNORE INTO cache VALUES (?)", (key,))
-                connection.executemany(
-                    f"INSERT OR REPLACE INTO cached VALUES ({', '.join('?' * 10)})",
-                    [(key, *entry) for entry in entries],
-                )
+                remember_cells(connection, key, cells)
 
     def annotate(self, **notes: Any) -> None:
         """Adds or replaces entries of `provenance`."""
@@ -248,24 +255,9 @@ class Trajectory:
         """The rows recorded under `key`; None when there are none, or when an array among them was lost."""
         if not self._database.query("SELECT 1 FROM cache WHERE key = ?", (key,)):
             return None
-        found = self._database.query(
-            f'SELECT quantity, block, "index", {_NUMBERS} FROM cached WHERE key = ? ORDER BY rowid', (key,)
-        )
+        found = self._database.query(RECALL, (key,))
         try:
-            return [
-                Row(
-                    quantity,
-                    decode(value),
-                    decode(error),
-                    block,
-                    index,
-                    bool(converged),
-                    products,
-                    seconds,
-                    self._read_arrays(arrays) or None,
-                )
-                for quantity, block, index, value, error, converged, products, seconds, arrays in found
-            ]
+            return [row_of(cell, self._read_arrays(cell[-1])) for cell in found]
         except TrajectoryError:
             return None
 
@@ -309,19 +301,6 @@ class Trajectory:
             return read_arrays(self.path / "arrays" / file)
 
 
-_NUMBERS = "value, error, converged, products, seconds, arrays"
-_UPSERT = f"""
-    INSERT INTO measured (step, quantity, block, "index", {_NUMBERS}) VALUES ({", ".join("?" * 10)})
-    ON CONFLICT (step, quantity, block, "index") DO UPDATE SET
-        value = excluded.value, error = excluded.error, converged = excluded.converged,
-        products = excluded.products, seconds = excluded.seconds, arrays = excluded.arrays"""
-
-
-def _numbers(row: Row) -> tuple:
-    """The columns of `_NUMBERS` but the last."""
-    return encode(row.value), encode(row.error), row.converged, row.products, row.seconds
-
-
 def _write_notes(connection: sqlite3.Connection, texts: Mapping[str, str]) -> None:
     connection.executemany("INSERT OR REPLACE INTO provenance VALUES (?, ?)", texts.items())
 
@@ -334,27 +313,6 @@ def _checked_step(step: int) -> int:
     if plain < 0:
         raise ValueError(f"`step` is {plain}; steps count from 0")
     return plain
-
-
-def _check_folder(folder: Path, mode: str) -> None:
-    """Says which mistake was made when `folder` cannot be a trajectory's."""
-    if folder.is_file():
-        if folder.name == DATABASE:
-            raise TrajectoryError(
-                f"`path` {folder} is the database inside a trajectory; give its folder {folder.parent}"
-            )
-        raise TrajectoryError(f"`path` {folder} is a file; a trajectory is a folder, give another name")
-    if mode == "r" and not (folder / DATABASE).exists():
-        if not folder.exists():
-            raise TrajectoryError(f"`path` {folder} does not exist{_near_trajectories(folder.parent)}")
-        raise TrajectoryError(f"`path` {folder} holds no trajectory ({DATABASE}){_near_trajectories(folder)}")
-
-
-def _near_trajectories(folder: Path) -> str:
-    found = sorted(str(file.parent) for file in folder.glob(f"*/{DATABASE}"))
-    if not found:
-        return '; give the folder of a run, or mode="a" to begin one'
-    return f"; there are trajectories in {', '.join(found[:5])}{' ...' if len(found) > 5 else ''}"
 
 
 def _unknown(kind: str, name: str, known: list[str], path: Path) -> str:

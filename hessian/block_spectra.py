@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..landscape.blocks import Blocks, Partition, partition
 from ..landscape.objective import Objective
+from .block_spectrum import BlockSpectrum, exact_spectrum, sampled_spectrum, zero_spectrum
 from .curvature import Hessian
 from .divergence import js_divergence, spectral_masses
-from .eigs import EigenPairs, NotConvergedWarning, top_eigenvalues
-from .estimate import Estimate
+from .eigs import NotConvergedWarning
 from .operator import LinearOperator
 from .slq import SpectralDensity, spectral_density
 
@@ -25,69 +25,6 @@ from .slq import SpectralDensity, spectral_density
 ZERO = {torch.float64: 1e-13, torch.float32: 1e-6}
 # An operator whose stated error is below this many roundings is as exact as its dtype.
 ROUNDINGS = 100
-
-
-@dataclass(frozen=True)
-class BlockSpectrum:
-    """What is known about the eigenvalues of one principal block A_bb [size, size].
-
-    Attributes:
-        name, size: Of the block.
-        exact: The block was formed and diagonalised; else it was sampled.
-        zero: Its curvature is below the noise of the largest block; it is reported as 0, and `residuals` say how
-            large the noise is.
-        eigenvalues: All [size], ascending, float64, of an exact block; else None.
-        density: Spectral density of a sampled block; else None.
-        top, top_residuals: The largest eigenvalues, descending, each with a bound on its distance to a true one.
-        bottom, bottom_residuals: The smallest, ascending. An eigenvalue of a block with few may be in both.
-        trace: Exact (`stderr` 0) for an exact block.
-        noise: Magnitude at or below which an eigenvalue cannot be told from 0.
-        converged: `top` and `bottom` reached the tolerance within the budget.
-        products: With the block operator.
-    """
-
-    name: str
-    size: int
-    exact: bool
-    zero: bool
-    eigenvalues: Tensor | None
-    density: SpectralDensity | None
-    top: Tensor
-    top_residuals: Tensor
-    bottom: Tensor
-    bottom_residuals: Tensor
-    trace: Estimate
-    noise: float
-    converged: bool
-    products: int
-    seconds: float
-
-    @property
-    def scale(self) -> float:
-        """Largest |λ|."""
-        return float(torch.cat([self.top, self.bottom]).abs().max())
-
-    def atoms(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues [k] and their shares [k], summing to 1; for a sampled block the mean of the quadratures."""
-        if self.eigenvalues is not None:
-            return self.eigenvalues, torch.full_like(self.eigenvalues, 1 / self.size)
-        assert self.density is not None
-        nodes, weights = self.density.nodes.double().cpu(), self.density.weights.double().cpu()
-        return nodes.reshape(-1), weights.reshape(-1) / weights.sum()
-
-    @property
-    def negative_mass(self) -> float:
-        """Σ_{λ<0} |λ| / Σ |λ|; 0 for a zero block."""
-        nodes, weights = self.atoms()
-        total = float((weights * nodes.abs()).sum())
-        return float((weights * nodes.clamp(max=0.0).abs()).sum()) / total if total > 0 else 0.0
-
-    @property
-    def effective_rank(self) -> float:
-        """(Σ |λ|)² / Σ λ², between 1 and the size: the number of eigenvalues that carry the curvature; 0 if zero."""
-        nodes, weights = self.atoms()
-        squares = float((weights * nodes.square()).sum())
-        return self.size * float((weights * nodes.abs()).sum()) ** 2 / squares if squares > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -218,3 +155,119 @@ class BlockSpectra(Mapping[str, BlockSpectrum]):
     def __repr__(self) -> str:
         exact, zero = (sum(getattr(s, kind) for s in self.values()) for kind in ("exact", "zero"))
         return f"BlockSpectra({len(self)} blocks, {exact} exact, {zero} zero, products={self.products})"
+
+
+def block_spectra(
+    source: Objective | LinearOperator,
+    blocks: Blocks | Partition = "parameter",
+    *,
+    operator: LinearOperator | None = None,
+    dense_limit: int | None = None,
+    num_steps: int = 40,
+    num_probes: int = 8,
+    num_top: int = 3,
+    tol: float = 1e-3,
+    max_products: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> BlockSpectra:
+    r"""Spectra of the principal blocks A_bb of a curvature matrix: exact for small blocks, sampled for large ones.
+
+    A block of at most `dense_limit` coordinates is formed from that many products, made symmetric and diagonalised in
+    float64. A larger one gets its extreme eigenvalues with residuals, and its density by Lanczos quadrature.
+
+    Args:
+        source: An Objective, whose Hessian is taken, or an operator with parameter names.
+        blocks: As for `partition`, or its result.
+        operator: Another curvature of the same parameters (GGN, preconditioned ...), where `source` is the Objective.
+        dense_limit: None makes exact what takes no more products than its density would, num_steps x num_probes.
+        num_steps, num_probes: Of the density of a large block.
+        num_top: Extreme eigenvalues at each end; all, of a block with fewer.
+        tol: For the extreme eigenvalues of a large block, residual over |λ|max.
+        max_products: Budget for the extreme eigenvalues of one large block.
+        seed: Block i uses seed + i, so that the blocks' errors are independent.
+        progress: Show a bar over blocks.
+
+    Warns:
+        NotConvergedWarning: once, naming the blocks whose extreme eigenvalues missed `tol`.
+    """
+    if num_top < 1:
+        raise ValueError(f"`num_top` is {num_top}; ask for at least one eigenvalue at each end")
+    if dense_limit is not None and dense_limit < 0:
+        raise ValueError(f"`dense_limit` is {dense_limit}; it is a number of coordinates, 0 or more")
+    op = curvature_of(source, operator)
+    division = blocks if isinstance(blocks, Partition) else partition(source, blocks)
+    if division.layout != op.layout:
+        raise ValueError(
+            f"`blocks` divides other parameters than {op!r} has; make the partition from the same objective"
+        )
+    limit = num_steps * num_probes if dense_limit is None else dense_limit
+    floor = zero_floor(op)
+    with tqdm(total=len(division), desc="block spectra", unit="block", disable=not progress) as bar:
+        exact: dict[str, BlockSpectrum] = {}
+        densities: dict[str, SpectralDensity] = {}
+        for i, (name, size) in enumerate(division.sizes.items()):
+            block = op.block(division[name])
+            if size <= max(limit, 2 * num_top):
+                exact[name] = exact_spectrum(name, block, num_top=num_top, floor=floor)
+                bar.update()
+            else:
+                densities[name] = spectral_density(block, num_steps=num_steps, num_probes=num_probes, seed=seed + i)
+        scales = {name: spectrum.scale for name, spectrum in exact.items()}
+        scales |= {name: float(density.nodes.abs().max()) for name, density in densities.items()}
+        threshold = floor * max(scales.values())
+
+        spectra: dict[str, BlockSpectrum] = {}
+        for i, (name, size) in enumerate(division.sizes.items()):
+            found = exact.get(name) or densities[name]
+            if scales[name] <= threshold:
+                spectra[name] = zero_spectrum(
+                    name,
+                    size,
+                    exact=name in exact,
+                    scale=scales[name],
+                    num_top=num_top,
+                    products=found.products,
+                    seconds=found.seconds,
+                )
+            elif isinstance(found, BlockSpectrum):
+                spectra[name] = found
+            else:
+                spectra[name] = sampled_spectrum(
+                    name,
+                    op.block(division[name]),
+                    found,
+                    num_top=num_top,
+                    floor=floor,
+                    tol=tol,
+                    max_products=max_products,
+                    seed=seed + i,
+                )
+            bar.update(name in densities)
+    missed = [name for name, spectrum in spectra.items() if not spectrum.converged]
+    if missed:
+        warnings.warn(
+            f"the extreme eigenvalues of {len(missed)} of {len(spectra)} blocks missed tol={tol} "
+            f"({', '.join(missed[:5])}); raise `max_products` or `tol`, or go by their residuals",
+            NotConvergedWarning,
+            stacklevel=2,
+        )
+    return BlockSpectra(spectra, division)
+
+
+def curvature_of(source: Objective | LinearOperator, operator: LinearOperator | None) -> LinearOperator:
+    """The operator whose blocks are meant, with parameter names."""
+    if operator is None:
+        operator = source if isinstance(source, LinearOperator) else Hessian(source)
+    if not isinstance(operator, LinearOperator):
+        raise TypeError(f"`operator` is a {type(operator).__name__}; pass an operator such as GGN(objective)")
+    if operator.layout is None:
+        raise ValueError(f"{operator!r} has no parameter names to divide; make it with `layout=` or from an Objective")
+    return operator
+
+
+def zero_floor(op: LinearOperator) -> float:
+    """Share of the largest block's scale that is noise: rounding, or the stated error of approximate products."""
+    eps = torch.finfo(op.dtype).eps
+    rounding = ZERO.get(op.dtype, 8 * eps)
+    return rounding if op.relative_error <= ROUNDINGS * eps else max(rounding, op.relative_error)

@@ -13,6 +13,10 @@ from ..landscape.objective import Objective
 from ..landscape.selection import near_names
 
 
+class NotTwiceDifferentiable(RuntimeError):
+    """An engine cannot take, or would get wrong, a second derivative."""
+
+
 class Engine(ABC):
     """A way to compute H V at the objective's current weights.
 
@@ -24,6 +28,7 @@ class Engine(ABC):
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
+        self._verified = False
 
     @property
     def relative_error(self) -> float:
@@ -41,14 +46,42 @@ class Engine(ABC):
             ValueError: the product is not finite.
         """
         subset = range(len(self.objective.layout.names)) if subset is None else subset
+        if not self._verified:
+            self._verified = True
+            self.verify()
         with normal_tensors(V) as V:
             product = self.objective.all_reduce(self.local_matmat(V, subset))
         if not bool(torch.isfinite(product).all()):
-            cause = "the vector itself is not finite" if not bool(torch.isfinite(V).all()) else (
-                "the second derivative does not exist here (for example sqrt or norm at 0) or overflows"
+            cause = (
+                "the vector itself is not finite"
+                if not bool(torch.isfinite(V).all())
+                else ("the second derivative does not exist here (for example sqrt or norm at 0) or overflows")
             )
             raise ValueError(f"a Hessian-vector product by engine {self.name!r} is not finite: {cause}")
         return product
+
+    def verify(self) -> None:
+        """Compares one product with differences of gradients when the loss runs through custom autograd functions.
+
+        Raises:
+            NotTwiceDifferentiable: they disagree beyond the stated errors.
+        """
+        custom = self.objective.custom_functions
+        if not custom or self.objective.captures_tensors:
+            return
+        from .difference_engine import FiniteDifference
+
+        differences = FiniteDifference(self.objective)
+        probe = self.objective.gradient().unsqueeze(1)
+        expected, product = differences.matmat(probe), self.matmat(probe)
+        error = float((product - expected).double().norm())
+        allowed = (differences.relative_error + self.relative_error) * float(expected.double().norm())
+        if error > 2 * allowed:
+            raise NotTwiceDifferentiable(
+                f"engine {self.name!r} and differences of gradients disagree by "
+                f"(allowed {2 * allowed:.2g}) through the custom autograd functions {list(custom)}: their backward cannot be differentiated; "
+                "use engine='finite-difference'"
+            )
 
 
 @contextmanager
@@ -86,7 +119,7 @@ def make_engine(objective: Objective, engine: str) -> Engine:
         try:
             candidate.matmat(_probe(objective))
         except (RuntimeError, NotImplementedError) as error:
-            if not _undifferentiable(error):
+            if not isinstance(error, NotTwiceDifferentiable) and not _undifferentiable(error):
                 raise
             failures.append(f"{kind.name}: {str(error).splitlines()[0][:160]}")
             continue

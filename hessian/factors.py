@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..landscape.evaluation import Chunk
 from ..landscape.memory import saved_bytes
-from ..landscape.objective import Chunk, Objective
-from .engines import normal_tensors
+from ..landscape.objective import Objective
+from .engines import NotTwiceDifferentiable, normal_tensors
 from .operator import LinearOperator
 
 Metric = Callable[[Tensor], Tensor]
@@ -49,6 +50,25 @@ class Factor:
             [p for p, _ in pairs], [self.dummy], [t for _, t in pairs], retain_graph=True, allow_unused=True
         )
         return torch.zeros_like(self.outputs) if result is None else result
+
+    def verify(self, tolerance: float, custom: tuple[str, ...]) -> None:
+        """Checks uᵀ(J v) = vᵀ(Jᵀ u): a custom function that cannot be differentiated twice breaks J v alone.
+
+        Raises:
+            NotTwiceDifferentiable: the identity does not hold.
+        """
+        v = [torch.sin(torch.arange(t.numel(), dtype=t.dtype, device=t.device)).reshape(t.shape) for t in self.theta]
+        u = torch.cos(torch.arange(self.outputs.numel(), dtype=self.outputs.dtype, device=self.outputs.device))
+        u = u.reshape(self.outputs.shape)
+        pulled = [torch.zeros_like(t) if p is None else p for p, t in zip(self.pull(u), self.theta, strict=True)]
+        forward = float((u * self.push(v)).sum())
+        reverse = sum(float((a * b).sum()) for a, b in zip(v, pulled, strict=True))
+        scale = sum(float((a * b).abs().sum()) for a, b in zip(v, pulled, strict=True))
+        if abs(forward - reverse) > 1e2 * tolerance * scale:
+            raise NotTwiceDifferentiable(
+                f"J v is wrong through the custom autograd functions {list(custom)}: their backward cannot be "
+                "differentiated (once_differentiable, or tensors detached in it)"
+            )
 
     def pull(self, w: Tensor) -> tuple[Tensor | None, ...]:
         """Jᵀ w."""
@@ -108,6 +128,8 @@ class FactorOperator(LinearOperator):
                 factor = self._kept.get(key)
                 if factor is None:
                     factor = self.factor(chunk, theta)
+                    if self.objective.custom_functions:
+                        factor.verify(self.relative_error, self.objective.custom_functions)
                     if len(self._kept) < self._room(chunk, theta):
                         self._kept[key] = factor
                 yield factor

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..landscape.objective import Chunk, Objective
+from ..landscape.evaluation import Chunk
+from ..landscape.objective import Objective
 from ..landscape.selection import near_names
 from .factors import Factor, FactorOperator, Metric
 from .likelihoods import exact_metric, likelihood_of, sampled_metric
@@ -75,7 +76,9 @@ class Fisher(FactorOperator):
 
     def __init__(self, objective: Objective, kind: str = "exact", *, num_samples: int = 1, seed: int = 0) -> None:
         if kind not in FISHER_KINDS:
-            raise ValueError(f"`kind` is {kind!r}; choose among {FISHER_KINDS} (near: {near_names(str(kind), FISHER_KINDS)})")
+            raise ValueError(
+                f"`kind` is {kind!r}; choose among {FISHER_KINDS} (near: {near_names(str(kind), FISHER_KINDS)})"
+            )
         if num_samples < 1:
             raise ValueError(f"`num_samples` is {num_samples}; draw at least one label per prediction")
         if kind != "empirical":

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..landscape.evaluation import Chunk
 from ..landscape.memory import saved_bytes
-from ..landscape.objective import Chunk, Objective
+from ..landscape.objective import Objective
 from .engines import Engine
 
 

@@ -81,8 +81,9 @@ class Gram:
         return LeaveOneOut(self._traces(self.without()), stderr)
 
     def squared_norm(self) -> LeaveOneOut:
-        """‖A‖_F²; the error is that of `jackknife`."""
-        return LeaveOneOut(self._squared_norms(self.without()), self.jackknife(self._squared_norms))
+        """‖A‖_F²; the error is the larger of `jackknife` and what pairs of residual images imply."""
+        stderr = max(self.jackknife(self._squared_norms), self._image_stderr())
+        return LeaveOneOut(self._squared_norms(self.without()), stderr)
 
     def jackknife(self, samples: Callable[[Removed], Tensor]) -> float:
         """Standard error of a mean of leave-one-out samples, from the means without each of the probes.
@@ -157,6 +158,14 @@ class Gram:
         square = float((m.scale * (lengths - rounding).clamp(min=0)).mean())
         trace = float((m.scale * self._forms(m)).mean())
         return math.sqrt(2 * d / (d + 2) * max(square - trace**2 / d, 0.0) / k)
+
+    def _image_stderr(self) -> float:
+        """The like for ‖A P_i ω̃_i‖², with 2 ‖P_i A A P_i‖_F² estimated by (A ω̃_i · A ω̃_j)² of pairs of probes."""
+        m, k = self.without(), self.R.shape[1]
+        crossed = self.R.T @ self.R - m.X.T @ self.H @ self.R
+        crossed = crossed - (self.R.T @ self.H @ m.X) + m.X.T @ self.Z @ m.X
+        squares = crossed.square() * m.scale * m.scale.unsqueeze(1)
+        return math.sqrt(2 * float(squares.sum() - squares.trace()) / (k * (k - 1)) / k)
 
 
 def _columnwise(A: Tensor, B: Tensor) -> Tensor:

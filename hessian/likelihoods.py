@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..landscape.objective import Chunk
+from ..landscape.evaluation import Chunk
 from .factors import Metric
 
 

@@ -144,9 +144,8 @@ class LinearOperator(ABC):
             return result.detach().cpu().numpy()
 
         dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
-        return scipy.sparse.linalg.LinearOperator(
-            shape=(self._n, self._n), matvec=product, matmat=product, rmatvec=product, rmatmat=product, dtype=dtype
-        )  # type: ignore[call-arg]
+        products: dict = dict.fromkeys(("matvec", "matmat", "rmatvec", "rmatmat"), product)
+        return scipy.sparse.linalg.LinearOperator(shape=(self._n, self._n), dtype=dtype, **products)
 
     def unflatten(self, v: Tensor) -> dict[str, Tensor]:
         """A flat v [n] as tensors by parameter name."""
@@ -244,9 +243,7 @@ class RestrictedOperator(LinearOperator):
         if op.layout is None:
             raise ValueError(f"`block` {block.name!r} needs parameter names, which {op!r} does not have")
         self._indices = block.indices(op.layout).to(op.device)
-        super().__init__(
-            len(self._indices), dtype=op.dtype, device=op.device, relative_error=op.relative_error
-        )
+        super().__init__(len(self._indices), dtype=op.dtype, device=op.device, relative_error=op.relative_error)
         self._op = op
 
     def matmat(self, V: Tensor) -> Tensor:

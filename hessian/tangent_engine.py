@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-from ..landscape.objective import Chunk
+from ..landscape.evaluation import Chunk
 from .engines import Engine
 
 # Vectors carried through one vmapped pass: memory grows with it.

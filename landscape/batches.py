@@ -96,7 +96,7 @@ def digest(batch: Any, into: Any = None) -> Any:
     for tensor in tensors_of(batch):
         plain = tensor.detach().cpu().contiguous()
         sha.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
-        sha.update(plain.reshape(-1).view(torch.uint8).numpy())
+        sha.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return sha
 
 

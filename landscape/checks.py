@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from .batches import CACHED_BYTES, digest, examples, leading_size, tensors_of
 
 if TYPE_CHECKING:
-    from .objective import Objective
+    from .evaluation import Evaluation
 
 log = logging.getLogger("sharpscope")
 _said: set[str] = set()
@@ -69,6 +69,26 @@ def checked_loss(loss: Any, number: int, batch: Any = None, *, differentiable: b
     return loss.reshape(())
 
 
+def custom_functions(loss: Tensor) -> tuple[str, ...]:
+    """Names of the user's own `torch.autograd.Function`s in the graph of a loss.
+
+    Their second derivatives cannot be taken on trust: through a `once_differentiable` backward,
+    `torch.autograd.grad` drops terms without a word.
+    """
+    found: set[str] = set()
+    seen: set[object] = set()
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            found.add(type(node).__name__.removesuffix("Backward"))
+        waiting.extend(parent for parent, _ in node.next_functions)
+    return tuple(sorted(found))
+
+
 def say_once(message: str) -> None:
     """Logs a message the first time it comes up in this process."""
     if message not in _said:
@@ -87,7 +107,7 @@ class _AttentionWatch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def first_look(objective: Objective) -> Look:
+def first_look(objective: Evaluation) -> Look:
     """Counts the data and, unless checks are off, verifies determinism, finiteness and the meaning of the mean."""
     if objective._batches is None:
         look = Look((1,), (1.0,), 1.0)
@@ -103,15 +123,20 @@ def first_look(objective: Objective) -> Look:
             terms.append(objective._terms(batch, number))
             first = batch if first is None and terms[-1] > 0 else first
             if objective._check:
-                value = checked_loss(objective._evaluate(batch, theta), number, batch, differentiable=False) \
-                    if terms[-1] > 0 else torch.zeros(())
+                value = (
+                    checked_loss(objective._evaluate(batch, theta), number, batch, differentiable=False)
+                    if terms[-1] > 0
+                    else torch.zeros(())
+                )
                 losses.append(float(value))
                 digests.append(digest(batch).hexdigest())
             kept_bytes += sum(t.nbytes for t in tensors_of(batch))
             if kept_bytes <= CACHED_BYTES:
                 kept.append(batch)
     if not sizes:
-        raise ValueError("`data` is empty: it yielded no batch; a loader can be read again only if it is not an iterator")
+        raise ValueError(
+            "`data` is empty: it yielded no batch; a loader can be read again only if it is not an iterator"
+        )
     total = torch.tensor(sum(terms), dtype=torch.float64, device=objective.device)
     total = float(objective.all_reduce(total))
     if total <= 0:
@@ -127,7 +152,7 @@ def first_look(objective: Objective) -> Look:
     return look
 
 
-def _size(objective: Objective, batch: Any, number: int) -> int:
+def _size(objective: Evaluation, batch: Any, number: int) -> int:
     try:
         size = leading_size(batch, number)
     except ValueError:
@@ -139,7 +164,7 @@ def _size(objective: Objective, batch: Any, number: int) -> int:
     return size
 
 
-def _note(objective: Objective, attention: bool) -> None:
+def _note(objective: Evaluation, attention: bool) -> None:
     modules = [] if objective.model is None else list(objective.model.modules())
     if attention:
         note = "scaled_dot_product_attention runs on its math kernel here: the fused ones have no second derivative"
@@ -154,7 +179,7 @@ def _note(objective: Objective, attention: bool) -> None:
         say_once(note)
 
 
-def _check_data_repeat(objective: Objective, look: Look, losses: Sequence[float], digests: Sequence[str]) -> None:
+def _check_data_repeat(objective: Evaluation, look: Look, losses: Sequence[float], digests: Sequence[str]) -> None:
     """The objective must be one number: a second pass over the data has to give it again."""
     assert objective._batches is not None
     again, digests_again, terms_again = [], [], []
@@ -183,17 +208,17 @@ def _check_data_repeat(objective: Objective, look: Look, losses: Sequence[float]
     _explain_randomness(objective, total, total_again)
 
 
-def _weighted(objective: Objective, losses: Sequence[float], terms: Sequence[float]) -> float:
+def _weighted(objective: Evaluation, losses: Sequence[float], terms: Sequence[float]) -> float:
     if objective._reduction == "sum":
         return sum(losses)
     return sum(loss * term for loss, term in zip(losses, terms, strict=True)) / max(sum(terms), 1e-300)
 
 
-def _close(objective: Objective, a: float, b: float, factor: float = 64.0) -> bool:
+def _close(objective: Evaluation, a: float, b: float, factor: float = 64.0) -> bool:
     return abs(a - b) <= factor * objective.coarsest_eps * max(abs(a), abs(b))
 
 
-def _check_repeatable(objective: Objective, batch: Any, number: int) -> None:
+def _check_repeatable(objective: Evaluation, batch: Any, number: int) -> None:
     """Two gradients of one batch: randomness may leave the loss alone, for example under a zero output layer."""
     with objective.evaluation() as theta:
         values, gradients = [], []
@@ -207,13 +232,15 @@ def _check_repeatable(objective: Objective, batch: Any, number: int) -> None:
         _explain_randomness(objective, *values)
 
 
-def _explain_randomness(objective: Objective, first: float, second: float) -> None:
+def _explain_randomness(objective: Evaluation, first: float, second: float) -> None:
     modules = {} if objective.model is None else dict(objective.model.named_modules())
     in_training = objective._mode == "train"
     active = [
         name or type(module).__name__
         for name, module in modules.items()
-        if isinstance(module, DROPOUTS) and module.p > 0 and (in_training or (objective._mode == "keep" and module.training))
+        if isinstance(module, DROPOUTS)
+        and module.p > 0
+        and (in_training or (objective._mode == "keep" and module.training))
     ]
     two = f"two passes over the same data disagree (loss {first:.6g}, then {second:.6g}, or their gradients do)"
     if active:
@@ -228,7 +255,7 @@ def _explain_randomness(objective: Objective, first: float, second: float) -> No
     )
 
 
-def _check_mean(objective: Objective, look: Look, batch: Any) -> None:
+def _check_mean(objective: Evaluation, look: Look, batch: Any) -> None:
     """Whether the loss of a batch is the count-weighted mean of the losses of its halves.
 
     It matters where a batch is cut or where batches of unequal size are averaged, and only there.

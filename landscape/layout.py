@@ -57,7 +57,9 @@ class Layout:
         if isinstance(tensors, Mapping):
             missing = [name for name in self.names if name not in tensors]
             if missing:
-                raise ValueError(f"`tensors` lacks {missing[:5]}; give one tensor for each of {list(self.names)[:5]} ...")
+                raise ValueError(
+                    f"`tensors` lacks {missing[:5]}; give one tensor for each of {list(self.names)[:5]} ..."
+                )
             tensors = [tensors[name] for name in self.names]
         if len(tensors) != len(self.names):
             raise ValueError(f"`tensors` has {len(tensors)} entries; this layout has {len(self.names)} tensors")

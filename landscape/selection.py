@@ -38,7 +38,7 @@ def selected_parameters(model: nn.Module, params: Any) -> dict[str, Tensor]:
     Raises:
         ValueError: nothing selected, an unknown name, a tensor that is no parameter of the model, complex numbers.
     """
-    named = dict(model.named_parameters())
+    named: dict[str, Tensor] = dict(model.named_parameters())
     if not named:
         raise ValueError(f"`model` ({type(model).__name__}) has zero parameters; there is nothing to differentiate")
     if params is None:
@@ -62,11 +62,11 @@ def selected_parameters(model: nn.Module, params: Any) -> dict[str, Tensor]:
     return chosen
 
 
-def _by_predicate(named: dict[str, nn.Parameter], predicate: Callable[[str, Tensor], bool]) -> dict[str, Tensor]:
+def _by_predicate(named: dict[str, Tensor], predicate: Callable[..., object]) -> dict[str, Tensor]:
     return {name: p for name, p in named.items() if predicate(name, p)}
 
 
-def _by_names(model: nn.Module, named: dict[str, nn.Parameter], wanted: list[Any]) -> dict[str, Tensor]:
+def _by_names(model: nn.Module, named: dict[str, Tensor], wanted: list[Any]) -> dict[str, Tensor]:
     # A tied parameter answers to each of its names.
     first_name = {id(p): name for name, p in named.items()}
     every_name = {name: first_name[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}

@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 class TinyTransformer(nn.Module):
     """Two pre-norm layers, causal SDPA attention, learned positions, output tied to the embedding."""
 
-    def __init__(self, vocabulary=11, length=6, width=8, heads=2, layers=2):
+    def __init__(self, vocabulary=11, length=6, width=4, heads=2, layers=2):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(length, width)
@@ -114,20 +114,23 @@ def dense_hessian():
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             value = loss()
             gradients = torch.autograd.grad(value, tensors, create_graph=True, allow_unused=True)
-            flat = torch.cat([
-                (torch.zeros_like(t) if g is None else g).reshape(-1)
-                for g, t in zip(gradients, tensors, strict=True)
-            ])
+            flat = torch.cat(
+                [(torch.zeros_like(t) if g is None else g).reshape(-1) for g, t in zip(gradients, tensors, strict=True)]
+            )
             rows = []
             for entry in flat:
                 if not entry.requires_grad:
                     rows.append(torch.zeros_like(flat).detach())
                     continue
                 row = torch.autograd.grad(entry, tensors, retain_graph=True, allow_unused=True)
-                rows.append(torch.cat([
-                    (torch.zeros_like(t) if r is None else r).reshape(-1)
-                    for r, t in zip(row, tensors, strict=True)
-                ]))
+                rows.append(
+                    torch.cat(
+                        [
+                            (torch.zeros_like(t) if r is None else r).reshape(-1)
+                            for r, t in zip(row, tensors, strict=True)
+                        ]
+                    )
+                )
         return torch.stack(rows).detach()
 
     return oracle

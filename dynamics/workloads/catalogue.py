@@ -37,6 +37,7 @@ class Defaults:
     every: int
     batch_size: int | None = None
     num_measured: int | None = None
+    measure: tuple[str, ...] = ("loss", "sharpness", "stability_threshold")
     lr: Mapping[str, float] = field(default_factory=dict)  # by optimizer; others take their own default
 
 
@@ -123,12 +124,24 @@ _DATA = {
     "char-transformer": "a text file, 'kjv' or 'pydoc'",
 }
 _DEFAULTS = {
-    "digits-mlp": Defaults(steps=4000, every=20, lr={"SGD": 0.2}),
+    "digits-mlp": Defaults(
+        steps=4000,
+        every=20,
+        measure=("loss", "gradient_norm", "sharpness", "stability_threshold", "density:2000"),
+        lr={"SGD": 0.2},
+    ),
     "digits-cnn": Defaults(steps=600, every=20, batch_size=128, num_measured=512, lr={"SGD": 0.05}),
     "fashion-cnn": Defaults(steps=600, every=30, batch_size=64, num_measured=512, lr={"SGD": 0.05}),
     "char-transformer": Defaults(steps=600, every=30, batch_size=32, num_measured=64, lr={"SGD": 0.1}),
 }
 WORKLOADS = tuple(_MAKERS)
+
+
+def defaults_of(name: str) -> Defaults:
+    """The settings of a built-in workload."""
+    if name not in _MAKERS:
+        raise ValueError(f"`workload` is {name!r}; choose one of {', '.join(WORKLOADS)} (near: {near_names(name, WORKLOADS)})")
+    return _DEFAULTS[name]
 
 
 def workload(
@@ -147,11 +160,9 @@ def workload(
             "pydoc"; None looks for what is installed.
         num_examples: How many to train on; None takes the workload's own number.
     """
-    if name not in _MAKERS:
-        raise ValueError(f"`workload` is {name!r}; choose one of {', '.join(WORKLOADS)} (near: {near_names(name, WORKLOADS)})")
+    defaults = defaults_of(name)
     if data is not None and name not in _DATA:
         raise ValueError(f"`data` is {str(data)!r}, but {name!r} has its data built in; leave it out")
-    defaults = _DEFAULTS[name]
     make, criterion, found = _MAKERS[name](data, num_examples)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

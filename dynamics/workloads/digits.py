@@ -23,11 +23,12 @@ def digits(num_examples: int | None = None) -> Dataset:
     except ImportError as error:
         raise ImportError("the digits come with scikit-learn: pip install 'sharpscope[data]'") from error
     pixels, labels = load_digits(return_X_y=True)
-    inputs = torch.as_tensor(pixels, dtype=torch.float32) / BRIGHTEST
+    pixels = torch.as_tensor(pixels, dtype=torch.float64)
     targets = torch.as_tensor(labels, dtype=torch.int64)
     num = len(targets) - NUM_HELD_OUT
-    # A common offset of the inputs is one huge eigenvalue that has nothing to do with what is learned.
-    inputs -= inputs[:num].mean(0)
+    # A common offset of the inputs is one huge eigenvalue that has nothing to do with what is learned. Sums of whole
+    # numbers are exact in float64, so that every machine gets the same inputs.
+    inputs = ((pixels - pixels[:num].mean(0)) / BRIGHTEST).float()
     chosen = num_to_train_on(num_examples, num)
     train, held_out = Examples(inputs[:chosen], targets[:chosen]), Examples(inputs[num:], targets[num:])
     return Dataset(train, held_out, "scikit-learn load_digits()")

@@ -16,6 +16,7 @@ from .examples import Dataset, Examples, num_to_train_on
 # Output of Debian's bible-kjv 4.38 for the whole book.
 KJV_COMMAND = ("bible", "-f", "-l100000", "Gen1:1-Rev22:21")
 KJV_SHA256 = "cd45f0c9cedab8e4439bd6486c8952c77cc8b0ecc5d1f6ae3513f2039f47229d"
+NAMED_TEXTS = ("kjv", "pydoc")
 HELD_OUT_SHARE = 0.1
 NUM_TRAIN, NUM_HELD_OUT = 1024, 256  # windows
 

@@ -123,6 +123,8 @@ def test_what_has_only_first_derivatives_falls_back_to_differences():
     hessian = Hessian(objective)
     assert hessian.engine.name == "finite-difference"
     assert "double-backward:" in hessian.engine.reason
+    with pytest.raises(RuntimeError, match=r"disagree .* \['FirstOrderSquare'\].*engine='finite-difference'"):
+        Hessian(objective, engine="double-backward") @ x
     torch.testing.assert_close(hessian.dense(), torch.diag(6 * x), rtol=1e-8, atol=1e-8)
 
 

@@ -1,0 +1,31 @@
+# `make demo` and `make test` do everything on a machine with only Python >= 3.11.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed-demo
+	$(BIN)/sharpscope train --overwrite
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# One stamp per set of extras: a second call costs nothing until the requirements change.
+$(VENV)/installed-demo: EXTRAS = data
+$(VENV)/installed-test: EXTRAS = test
+$(VENV)/installed-dev: EXTRAS = dev
+$(VENV)/installed-%: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sharpscope needs Python >= 3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

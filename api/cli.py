@@ -1,0 +1,263 @@
+"""The command line: `sharpscope train | analyze | plot | doctor | info`.
+
+Each command calls the function of the same name and shows what it returns. The imports stand inside the commands, so
+that help and mistakes in the options are answered at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .terminal import command, say, set_debug, show
+
+app = typer.Typer(
+    name="sharpscope",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str | None,
+    typer.Option(help="Your model, package.module:name or file.py:name: a module, or a function that makes one."),
+]
+OwnData = Annotated[
+    str | None,
+    typer.Option("--data", help="Your data, package.module:name or file.py:name: batches, or what makes them."),
+]
+Criterion = Annotated[
+    str | None,
+    typer.Option(help="criterion(prediction, target): a loss of torch.nn such as CrossEntropyLoss, or module:name."),
+]
+Loss = Annotated[str | None, typer.Option(help="loss(model, batch), module:name, in place of --criterion.")]
+Measure = Annotated[
+    list[str] | None,
+    typer.Option("--measure", "-m", help="Measurement, repeatable: sharpness, density:500, sharpness:num=3,every=10."),
+]
+Progress = Annotated[bool, typer.Option(help="Show a progress bar.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from . import __version__
+
+        say(f"sharpscope {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """See what the loss landscape does while a network trains."""
+    set_debug(debug)
+
+
+@app.command("train")
+@command
+def train_command(
+    workload: Annotated[
+        str | None,
+        typer.Option("--workload", "-w", help="digits-mlp (default), digits-cnn, fashion-cnn or char-transformer."),
+    ] = None,
+    optimizer: Annotated[str | None, typer.Option(help="Any optimizer of torch.optim by name; default SGD.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; default the workload's or optimizer's.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Short for --option momentum=...")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="Optimizer option key=value, repeatable.")
+    ] = None,
+    batch_size: Annotated[str | None, typer.Option(help="Examples per step, or 'full' for all of them.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    every: Annotated[int | None, typer.Option(help="Steps between measurements.")] = None,
+    measure: Measure = None,
+    seed: Annotated[int | None, typer.Option(help="Of initial weights and data order; default 0.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="fashion-cnn: a folder of idx files; char-transformer: a text file, kjv, pydoc.")
+    ] = None,
+    num_examples: Annotated[int | None, typer.Option(help="Examples to train on.")] = None,
+    num_measured: Annotated[int | None, typer.Option(help="How many of these the measurements use.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; default steps/20.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu (default) or cuda.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch on the CPU.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; default a new one in runs/.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in --out.")] = False,
+    progress: Progress = True,
+) -> None:
+    """Train a built-in workload with its sharpness watched.
+
+    Without options: gradient descent on the scikit-learn digits, to the edge of stability.
+    """
+    from .dynamics.run_folder import FIGURES
+    from .dynamics.settings import parse_settings
+    from .dynamics.training import train
+    from .figures.plot import plot
+
+    options: dict[str, Any] = {}
+    for text in option or []:
+        options |= parse_settings(text)
+    result = train(
+        workload,
+        optimizer=optimizer,
+        lr=lr,
+        momentum=momentum,
+        optimizer_options=options or None,
+        batch_size=_batch_size(batch_size),
+        steps=steps,
+        every=every,
+        measure=measure,
+        seed=seed,
+        data=data,
+        num_examples=num_examples,
+        num_measured=num_measured,
+        checkpoint_every=checkpoint_every,
+        device=device,
+        threads=threads,
+        out=out,
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    if resume and result.resumed_at is None:
+        say(f"nothing to resume in {result.folder}: the run began at step 0")
+    show(str(result.folder), ("", "start -> end"), result.summary())
+    for path in plot(result.folder, result.folder / FIGURES):
+        say(f"figure {path}")
+
+
+@app.command("analyze")
+@command
+def analyze_command(
+    checkpoints: Annotated[str, typer.Argument(help="A run of train; or a checkpoint, a folder or a glob of them.")],
+    model: Model = None,
+    data: OwnData = None,
+    criterion: Criterion = None,
+    loss: Loss = None,
+    measure: Measure = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the new trajectory; default analysis/ beside them.")] = None,
+    key: Annotated[str | None, typer.Option(help="Entry of a checkpoint that holds the weights.")] = None,
+    progress: Progress = True,
+) -> None:
+    """Measure curvature at stored checkpoints; what was measured before is not measured again.
+
+    The exit code is 1 when a checkpoint could not be used.
+    """
+    from .dynamics.analysis import DEFAULT_MEASURE, analyze
+
+    result = analyze(
+        checkpoints,
+        model=model,
+        data=data,
+        criterion=criterion,
+        loss=loss,
+        measure=measure or DEFAULT_MEASURE,
+        out=out,
+        key=key,
+        progress=progress,
+    )
+    found = result.replay
+    steps = set(found.measured) | set(found.cached)
+    table = result.table()
+    rows = [
+        (str(row.step), row.quantity, row.block, str(row.index), f"{row.value:.6g}", f"{row.error:.1g}", _yes(row.converged))
+        for row in table.itertuples()
+        if row.step in steps
+    ]
+    show(str(result.folder), ("step", "quantity", "block", "index", "value", "error", "converged"), rows)
+    if found.failed:
+        show("not usable", ("checkpoint", "reason"), found.failed)
+    say(
+        f"{len(found.measured)} measured, {len(found.cached)} from cache, {len(found.failed)} failed; "
+        f"{found.products} operator products"
+    )
+    if found.failed:
+        raise typer.Exit(1)
+
+
+@app.command("plot")
+@command
+def plot_command(
+    trajectory: Annotated[Path, typer.Argument(help="Folder of a trajectory, such as a run of train.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the figures, or a file .png, .pdf or .svg.")] = None,
+    figure: Annotated[list[str] | None, typer.Option(help="Which figure, repeatable; default all it has data for.")] = None,
+    format: Annotated[list[str] | None, typer.Option(help="png (default), pdf or svg, repeatable.")] = None,
+) -> None:
+    """Draw the figures of a trajectory."""
+    from .figures.plot import plot
+
+    for path in plot(trajectory, out, figures=figure, formats=format or ("png",)):
+        say(f"figure {path}")
+
+
+@app.command("doctor")
+@command
+def doctor_command(
+    model: Model = None,
+    data: OwnData = None,
+    criterion: Criterion = None,
+    loss: Loss = None,
+    workload: Annotated[
+        str, typer.Option("--workload", "-w", help="Built-in workload to test when no --model is given.")
+    ] = "digits-mlp",
+    mode: Annotated[str, typer.Option(help="eval, train or keep: the mode in which your model is evaluated.")] = "eval",
+    seed: Annotated[int, typer.Option(help="Of the random directions.")] = 0,
+) -> None:
+    """Test whether the curvature of your model can be trusted here, and say what is peculiar about it.
+
+    The exit code is 1 when a check failed.
+    """
+    from .dynamics.doctor import doctor
+    from .dynamics.subject import subject
+    from .dynamics.workloads import workload as built_in
+
+    if model is None:
+        if data is not None or criterion is not None or loss is not None:
+            raise ValueError("`--model` is missing; --data, --criterion and --loss describe a model of your own")
+        job = built_in(workload)
+        objective = job.objective(job.defaults.num_measured, mode=mode)
+        title = f"doctor: {workload}, {job.source}"
+    else:
+        if data is None:
+            raise ValueError("`--data` is missing: the loss of your model is measured on it")
+        objective = subject(model, data, criterion=criterion, loss=loss, mode=mode)
+        title = f"doctor: {model}"
+    diagnosis = doctor(objective, seed=seed)
+    show(title, ("check", "outcome", "found"), ((c.name, c.outcome, c.found) for c in diagnosis.checks))
+    failed = [check.name for check in diagnosis.checks if check.outcome == "fail"]
+    say("healthy" if diagnosis.healthy else f"failed: {', '.join(failed)}")
+    if not diagnosis.healthy:
+        raise typer.Exit(1)
+
+
+@app.command("info")
+@command
+def info_command() -> None:
+    """Show versions, back ends and data, what runs where, and why."""
+    from .dynamics.info import info
+
+    show("sharpscope on this machine", ("kind", "name", "found", "meaning"), info())
+
+
+def _batch_size(text: str | None) -> int | str | None:
+    if text is None or text == "full":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"`--batch-size` is {text!r}; give a number of examples, or 'full'") from None
+
+
+def _yes(truth: bool) -> str:
+    return "yes" if truth else "no"
+
+
+def main() -> None:
+    """What the command `sharpscope` runs."""
+    app()
