@@ -1,7 +1,111 @@
 """sharpscope: see what the loss landscape does while a network trains."""
 
-from .hessian.curvature import Hessian
-from .hessian.gauss_newton import GGN, Fisher, GradientCovariance
-from .landscape import Objective, partition
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .dynamics import (
+    BlockSpectra,
+    BottomEigenvalue,
+    Density,
+    GradientCurvature,
+    GradientNorm,
+    Loss,
+    Measurement,
+    Monitor,
+    Point,
+    Row,
+    Sharpness,
+    StabilityThreshold,
+    Trace,
+    Trajectory,
+    TrajectoryError,
+    UpdateCurvature,
+    analyze,
+    doctor,
+    info,
+    replay,
+    train,
+)
+from .dynamics.optimizers import stability_threshold_of
+from .hessian import (
+    GGN,
+    DenseOperator,
+    EigenPairs,
+    Estimate,
+    Fisher,
+    GradientCovariance,
+    Hessian,
+    LinearOperator,
+    NotConvergedWarning,
+    PreconditionedOperator,
+    block_spectra,
+    diagonal,
+    frobenius_norm,
+    solve,
+    spectral_density,
+    top_eigenvalues,
+    trace,
+)
+from .landscape import Block, Objective, Partition, partition
+
+if TYPE_CHECKING:
+    from . import figures
+    from .figures import plot
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "GGN",
+    "Block",
+    "BlockSpectra",
+    "BottomEigenvalue",
+    "DenseOperator",
+    "Density",
+    "EigenPairs",
+    "Estimate",
+    "Fisher",
+    "GradientCovariance",
+    "GradientCurvature",
+    "GradientNorm",
+    "Hessian",
+    "LinearOperator",
+    "Loss",
+    "Measurement",
+    "Monitor",
+    "NotConvergedWarning",
+    "Objective",
+    "Partition",
+    "Point",
+    "PreconditionedOperator",
+    "Row",
+    "Sharpness",
+    "StabilityThreshold",
+    "Trace",
+    "Trajectory",
+    "TrajectoryError",
+    "UpdateCurvature",
+    "analyze",
+    "block_spectra",
+    "diagonal",
+    "doctor",
+    "figures",
+    "frobenius_norm",
+    "info",
+    "partition",
+    "plot",
+    "replay",
+    "solve",
+    "spectral_density",
+    "stability_threshold_of",
+    "top_eigenvalues",
+    "trace",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """matplotlib is loaded only by whoever draws."""
+    if name in ("figures", "plot"):
+        figures = import_module(".figures", __name__)
+        return figures if name == "figures" else figures.plot
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -221,7 +221,7 @@ def doctor_command(
         if data is not None or criterion is not None or loss is not None:
             raise ValueError("`--model` is missing; --data, --criterion and --loss describe a model of your own")
         job = built_in(workload)
-        objective = job.objective(job.defaults.num_measured, mode=mode)
+        objective = job.objective(mode=mode)
         title = f"doctor: {workload}, {job.source}"
     else:
         if data is None:

@@ -102,10 +102,11 @@ def read_checkpoint(path: Path) -> tuple[Any, int | None]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's own message advises to give up weights_only; only the name of the object is of use here.
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        holds = f"it holds a {named.group(1)}" if named else "it is damaged or holds more than tensors"
+        named = re.search(r"GLOBAL ([A-Za-z_]\w*(?:\.\w+)+)", str(error))
+        held = f"a {named.group(1)}" if named else "more than tensors"
         raise CheckpointError(
-            f"refused by torch.load(weights_only=True): {holds}; save model.state_dict(), numbers and strings alone"
+            f"refused by torch.load(weights_only=True): it is damaged or holds {held}; save model.state_dict(), "
+            "numbers and strings alone"
         ) from error
     except Exception as error:  # each damaged format raises its own kind, from EOFError to RuntimeError
         raise CheckpointError(f"cannot be read ({type(error).__name__}: {error})") from error

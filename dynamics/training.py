@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..landscape.batches import digest
+from .data_order import DataOrder
 from .monitor import Monitor
 from .optimizers.choice import make_optimizer, needs_closure
 from .run_folder import RunFolder, default_folder
@@ -130,7 +131,8 @@ class _Run:
     def __init__(self, options: TrainingOptions, job: Workload, folder: RunFolder) -> None:
         self.options, self.job, self.folder = options, job, folder
         self.optimizer = make_optimizer(options.optimizer, job.model, options.optimizer_options)
-        self.batches = _Batches(job.train, options)
+        size = None if options.batch_size == FULL_BATCH else int(options.batch_size)
+        self.order = DataOrder(job.train.num, size, options.seed)
         self.objective = job.objective(options.num_measured)
         self.measurements = chosen_measurements(options.measure)
 
@@ -166,7 +168,7 @@ class _Run:
 
     def _step(self, step: int, monitor: Monitor, bar: tqdm) -> None:
         self.job.model.train()
-        batch = self.batches.at(step)
+        batch = self.job.train.chosen(self.order.at(step))
         loss = self._gradient(batch)
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -225,31 +227,6 @@ class _Run:
             "options": self.options.to_json(),
             "num_parameters": self.objective.num_parameters,
         }
-
-
-class _Batches:
-    """The batch of every step: each epoch all examples once, in an order that depends on seed and epoch only."""
-
-    def __init__(self, examples: Examples, options: TrainingOptions) -> None:
-        self.examples, self.seed = examples, options.seed
-        size = examples.num if options.batch_size == FULL_BATCH else int(options.batch_size)
-        if size > examples.num:
-            raise ValueError(
-                f"`batch_size` is {size}; there are {examples.num} examples: ask for at most that, or {FULL_BATCH!r}"
-            )
-        self.size = size
-        self.per_epoch = math.ceil(examples.num / size)
-        self._epoch, self._order = -1, torch.arange(examples.num)
-
-    def at(self, step: int) -> Examples:
-        if self.per_epoch == 1:
-            return self.examples
-        epoch, number = divmod(step, self.per_epoch)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(((self.seed << 32) + epoch) % 2**63)
-            self._epoch, self._order = epoch, torch.randperm(self.examples.num, generator=generator)
-        chosen = self._order[number * self.size : (number + 1) * self.size].to(self.examples.inputs.device)
-        return Examples(self.examples.inputs[chosen], self.examples.targets[chosen])
 
 
 def _unchanged(asked: TrainingOptions, stored: dict[str, Any], folder: RunFolder) -> TrainingOptions:

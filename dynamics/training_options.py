@@ -70,7 +70,7 @@ class TrainingOptions:
             seed=_count(found.get("seed", 0), "seed", least=0),
             data=_place(found.get("data")),
             num_examples=_optional_count(found.get("num_examples"), "num_examples"),
-            num_measured=_optional_count(found.get("num_measured", defaults.num_measured), "num_measured"),
+            num_measured=_optional_count(found.get("num_measured"), "num_measured"),
             checkpoint_every=_count(found.get("checkpoint_every", max(1, steps // NUM_CHECKPOINTS)), "checkpoint_every"),
             device=device,
             threads=_count(found.get("threads", torch.get_num_threads()), "threads"),

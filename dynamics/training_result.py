@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .training_options import TrainingOptions
+from .training_options import FULL_BATCH, TrainingOptions
 from .trajectory import Trajectory
 from .workloads.catalogue import Workload
 
@@ -49,7 +49,7 @@ class TrainingResult:
             ("workload", f"{job.name}: {sum(p.numel() for p in job.model.parameters()):,} parameters"),
             ("data", f"{job.train.num} examples, {job.source}"),
             ("optimizer", f"{self.options.optimizer} {_listed(self.options.optimizer_options)}".strip()),
-            ("steps", f"{self.options.steps} of {self.options.batch_size} examples"),
+            ("steps", f"{self.options.steps}, {_batches(self.options.batch_size)}"),
         ]
         with self.trajectory() as trajectory:
             for quantity in trajectory.quantities():
@@ -91,6 +91,10 @@ class Edge:
 
     def __str__(self) -> str:
         return f"{self.start:.2f} at the start, {self.mean:.3f} over the last third ({self.lowest:.2f} to {self.highest:.2f})"
+
+
+def _batches(size: int | str) -> str:
+    return "all examples at once" if size == FULL_BATCH else f"batches of {size}"
 
 
 def _listed(options: dict) -> str:

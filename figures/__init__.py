@@ -1,1 +1,18 @@
+"""Trajectories and spectra as matplotlib axes; nothing is computed here."""
 
+from .blocks import block_spectra_grid, js_heatmap
+from .plot import plot
+from .spectrum import density, density_evolution
+from .style import save, style
+from .trajectory import sharpness_trajectory
+
+__all__ = [
+    "block_spectra_grid",
+    "density",
+    "density_evolution",
+    "js_heatmap",
+    "plot",
+    "save",
+    "sharpness_trajectory",
+    "style",
+]

@@ -78,8 +78,9 @@ class Engine(ABC):
         allowed = (differences.relative_error + self.relative_error) * float(expected.double().norm())
         if error > 2 * allowed:
             raise NotTwiceDifferentiable(
-                f"engine {self.name!r} and differences of gradients disagree by "
-                f"(allowed {2 * allowed:.2g}) through the custom autograd functions {list(custom)}: their backward cannot be differentiated; "
+                f"engine {self.name!r} and differences of gradients disagree by {error:.2g} (allowed "
+                f"{2 * allowed:.2g}) through the custom autograd functions {list(custom)}: "
+                "their backward cannot be differentiated; "
                 "use engine='finite-difference'"
             )
 

@@ -80,6 +80,10 @@ class Gram:
         stderr = max(self.jackknife(self._traces), self._residual_stderr())
         return LeaveOneOut(self._traces(self.without()), stderr)
 
+    def frobenius(self) -> float:
+        """‖A‖_F, without its error."""
+        return math.sqrt(float(self._squared_norms(self.without()).mean()))
+
     def squared_norm(self) -> LeaveOneOut:
         """‖A‖_F²; the error is the larger of `jackknife` and what pairs of residual images imply."""
         stderr = max(self.jackknife(self._squared_norms), self._image_stderr())

@@ -28,9 +28,10 @@ MOST_PRODUCTS = 1000
 # One product for the residual of the start, one for a step, three for checks.
 FEWEST_PRODUCTS = 5
 
-# Every so many steps the true residual is computed; where it exceeds that of the recurrence by this factor, rounding
-# has driven them apart and the method starts again from the true one.
+# Every so many steps, and when the residual has fallen by such a factor since, the true residual is computed. Where
+# it exceeds that of the recurrence by the last factor, rounding has driven them apart: the method starts again.
 CHECK_EVERY = 50
+CHECK_BELOW = 1e-3
 DRIFT = 1.1
 
 # A restart must make the true residual smaller by this factor, or rounding rules.
@@ -208,19 +209,21 @@ def _run(
 ) -> tuple[Tensor, NegativeCurvature | None, str]:
     """Steps from zero for the right-hand side r: x, the lowest curvature, why no other run would help."""
     checked, lowest = _Step(torch.zeros_like(r), length), None
-    for count, step in enumerate(method(system, r), 1):
+    steps, count = method(system, r), 0
+    while True:
+        step = next(steps)
+        count += 1
         if step.curvature is not None and (lowest is None or step.curvature.curvature < lowest.curvature):
             lowest = step.curvature
         if step.end or step.residual <= target:
             return step.x, lowest, step.end
         spent = system.products >= last_step
-        if spent or count % CHECK_EVERY == 0:
+        if spent or count % CHECK_EVERY == 0 or step.residual < CHECK_BELOW * checked.residual:
             _, actual = system.residual(r, step.x)
             drifted = actual > DRIFT * step.residual
             if spent or drifted:
                 return (checked if drifted and actual > checked.residual else step).x, lowest, ""
             checked = step
-    raise AssertionError("a method ends with a step that says so")
 
 
 def _budget_ended(budget: int) -> str:

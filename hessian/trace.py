@@ -179,8 +179,7 @@ def _xtrace(op: LinearOperator, num_probes: int, tol: float | None, seed: int) -
         sketch.grow(target - sketch.num_probes)
         gram = sketch.gram()
         mean = gram.trace()
-        frobenius = math.sqrt(gram.squared_norm().estimate)
-        result = _estimate(mean.samples, mean.stderr, rounding(op, frobenius), sketch.products, tol)
+        result = _estimate(mean.samples, mean.stderr, rounding(op, gram.frobenius()), sketch.products, tol)
         if target == most or (tol is not None and result.converged):
             return result
         target = min(most, target + max(1, target // 2))

@@ -58,11 +58,11 @@ class Workload:
         return self.criterion(self.model(batch.inputs), batch.targets)
 
     def objective(self, num_examples: int | None = None, **options: Any) -> Objective:
-        """The loss over the first `num_examples` to train on, or all of them.
+        """The loss over the first `num_examples` to train on; None takes as many as the workload's settings say.
 
         In eval mode, unless the `options`, which are those of `Objective`, say otherwise.
         """
-        num = num_to_train_on(num_examples, self.train.num)
+        num = num_to_train_on(num_examples, self.train.num, self.defaults.num_measured)
         options.setdefault("chunk_size", CHUNK_SIZE if num > CHUNK_SIZE else None)
         return Objective.supervised(self.model, self.criterion, tuple(t[:num] for t in self.train), **options)
 

@@ -17,6 +17,13 @@ class Examples(NamedTuple):
     def num(self) -> int:
         return self.inputs.shape[0]
 
+    def chosen(self, numbers: Tensor | None) -> Examples:
+        """The examples with these numbers [b]; None takes all."""
+        if numbers is None:
+            return self
+        numbers = numbers.to(self.inputs.device)
+        return Examples(self.inputs[numbers], self.targets[numbers])
+
 
 class Dataset(NamedTuple):
     """What to train on and what to hold out, with a line that says where it came from."""

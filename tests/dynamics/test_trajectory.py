@@ -41,11 +41,12 @@ def test_every_float64_comes_back_to_the_last_bit(patterns):
     values = SPECIAL + [struct.unpack("<d", p.to_bytes(8, "little"))[0] for p in patterns]
     with tempfile.TemporaryDirectory() as folder:
         with Trajectory.open(folder) as opened:
-            opened.record(0, [Row("q", v, error=v, index=i) for i, v in enumerate(values)])
+            opened.record(0, [Row("q", v, error=v, index=i, seconds=v) for i, v in enumerate(values)])
         with Trajectory.open(folder, mode="r") as opened:
             table = opened.to_pandas()
             assert [bits(v) for v in table["value"]] == [bits(v) for v in values]
             assert [bits(v) for v in table["error"]] == [bits(v) for v in values]
+            assert [bits(v) for v in table["seconds"]] == [bits(v) for v in values]
             assert bits(opened.series("q", index=len(SPECIAL) - 1).values[0]) == bits(-3.0)
 
 
@@ -81,6 +82,17 @@ def test_recording_the_same_cell_again_replaces_it(trajectory):
     table = trajectory.to_pandas().set_index("quantity")
     assert len(table) == 2
     assert table.loc["loss", ["value", "error", "converged", "products"]].tolist() == [2.0, 0.5, False, 0]
+
+
+def test_replace_drops_what_an_earlier_recording_of_the_step_left(trajectory):
+    for step in (3, 4):
+        trajectory.record(
+            step, [Row("top", 1.0), Row("top", 0.5, index=1), Row("top", 2.0, block="fc"), Row("loss", 1.0)]
+        )
+    trajectory.record(3, [Row("top", 9.0)], replace=True)
+    table = trajectory.to_pandas()
+    assert table.query("step == 3")[["quantity", "value"]].values.tolist() == [["loss", 1.0], ["top", 9.0]]
+    assert len(table.query("step == 4")) == 4
 
 
 def test_a_step_counts_as_done_only_when_it_is_complete(trajectory):

@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from curvature_traps import Adapter, Eigenvalues, Problem, Solved
-from sharpscope.dynamics.measurements import Sharpness
 from sharpscope.dynamics.replay import replay
+from sharpscope.dynamics.spectra_measurements import Sharpness
 from sharpscope.dynamics.trajectory import Trajectory
 from sharpscope.hessian.curvature import Hessian
 from sharpscope.hessian.eigs import NotConvergedWarning, top_eigenvalues

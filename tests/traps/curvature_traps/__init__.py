@@ -1,8 +1,23 @@
 """The known failures of curvature tools as a suite for any of them.
 
-Write an `Adapter` for a tool (the methods it has features for), bind an instance to the name `adapter` in a file, and
-run `python -m curvature_traps FILE` with this package on the path. The truth behind every verdict is a dense float64
-matrix computed here by plain autograd loops, or a closed form.
+Write an adapter with the methods that the tool has features for, in a file of its own:
+
+    from curvature_traps import Adapter, Eigenvalues, Problem
+    from sometool import HessianOperator
+
+    class SomeTool(Adapter):
+        name, version, packages = "sometool", "1.0", ("sometool",)
+
+        def hessian(self, problem: Problem, engine=None):
+            return HessianOperator(problem.model, problem.criterion, problem.batches)
+
+        def top_eigenvalues(self, operator, num, *, which="LM", tol=1e-3, max_products=None):
+            return Eigenvalues(operator.eigenvalues(num, tol))
+
+    adapter = SomeTool()
+
+and run `python -m curvature_traps FILE` with this package on the path. The truth behind every verdict is a dense
+float64 matrix computed here by plain autograd loops, or a closed form; no tool is measured by another.
 """
 
 from . import call_traps, data_traps, module_traps, parameter_traps, side_effect_traps, spectrum_traps

@@ -44,11 +44,31 @@ def same_matrix(matrix: Tensor, truth: Tensor, what: str = "", *, tolerance: flo
     return detail
 
 
-def right_hessian(tool: Adapter, problem: Problem, *, engine: str | None = None, what: str = "") -> str:
+def right_hessian(tool: Adapter, problem: Problem) -> str:
     """Every column of the tool's Hessian against the oracle."""
-    truth = oracle.hessian(problem)
-    operator = tool.hessian(problem) if engine is None else tool.hessian(problem, engine)
-    return same_matrix(matrix_of(tool, operator, problem), truth, what)
+    operator = tool.hessian(problem)
+    return same_matrix(matrix_of(tool, operator, problem), oracle.hessian(problem))
+
+
+def right_gauss_newton(tool: Adapter, problem: Problem) -> str:
+    """Every column of the tool's generalised Gauss-Newton matrix against the oracle."""
+    operator = tool.ggn(problem)
+    return same_matrix(matrix_of(tool, operator, problem), oracle.gauss_newton(problem))
+
+
+def right_empirical_fisher(tool: Adapter, problem: Problem) -> str:
+    """Every column of the tool's empirical Fisher matrix against the oracle."""
+    operator = tool.empirical_fisher(problem)
+    gradients = oracle.example_gradients(problem)
+    return same_matrix(matrix_of(tool, operator, problem), gradients.T @ gradients / len(gradients))
+
+
+def right_gradient_covariance(tool: Adapter, problem: Problem) -> str:
+    """Every column of the tool's centred gradient covariance against the oracle."""
+    operator = tool.gradient_covariance(problem)
+    gradients = oracle.example_gradients(problem)
+    centred = gradients - gradients.mean(dim=0)
+    return same_matrix(matrix_of(tool, operator, problem), centred.T @ centred / len(centred))
 
 
 def shown(values: Any) -> str:

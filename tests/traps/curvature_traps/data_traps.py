@@ -10,9 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from . import oracle
 from .adapter import Adapter
-from .checks import matrix_of, right_hessian, same_matrix
+from .checks import (
+    matrix_of,
+    right_empirical_fisher,
+    right_gauss_newton,
+    right_gradient_covariance,
+    right_hessian,
+)
 from .models import UNEVEN, TiedLanguageModel, classification, cut, labelled, mlp
 from .outcome import WrongAnswer, trap
 from .problem import Problem
@@ -22,6 +27,24 @@ from .problem import Problem
 def uneven_batches(tool: Adapter) -> str:
     """Batches of 32, 32 and 6 examples mean the same as one batch of 70: weights are 32/70, 32/70 and 6/70."""
     return right_hessian(tool, classification(batches=cut(labelled(), UNEVEN)))
+
+
+@trap("uneven batches, Gauss-Newton", "data")
+def uneven_batches_gauss_newton(tool: Adapter) -> str:
+    """The same for the generalised Gauss-Newton matrix."""
+    return right_gauss_newton(tool, classification(batches=cut(labelled(), UNEVEN)))
+
+
+@trap("uneven batches, empirical Fisher", "data")
+def uneven_batches_empirical_fisher(tool: Adapter) -> str:
+    """The same for the mean outer product of per-example gradients."""
+    return right_empirical_fisher(tool, classification(batches=cut(labelled(), UNEVEN)))
+
+
+@trap("uneven batches, gradient covariance", "data")
+def uneven_batches_gradient_covariance(tool: Adapter) -> str:
+    """The covariance of per-example gradients about the mean of all examples, not about that of each batch."""
+    return right_gradient_covariance(tool, classification(batches=cut(labelled(), UNEVEN)))
 
 
 @trap("ignored labels", "data")
@@ -117,7 +140,7 @@ def dict_batches(tool: Adapter) -> str:
 def lambda_loss(tool: Adapter) -> str:
     """The criterion is a lambda (label smoothing by hand), not a module with a `reduction`."""
     data = labelled()
-    criterion = lambda out, y: F.cross_entropy(out, y) - 0.1 * F.log_softmax(out, dim=1).mean()  # noqa: E731
+    criterion = lambda out, y: F.cross_entropy(out, y) - 0.1 * F.log_softmax(out, dim=1).mean()
     return right_hessian(tool, Problem(mlp(), criterion, cut(data), data))
 
 
@@ -125,6 +148,4 @@ def lambda_loss(tool: Adapter) -> str:
 def one_example_a_batch(tool: Adapter) -> str:
     """Batches of one example keep their batch axis and count one each."""
     x, y = labelled(8)
-    problem = Problem(mlp(), nn.CrossEntropyLoss(), cut((x, y), (1,) * 8), (x, y))
-    truth = oracle.hessian(problem)
-    return same_matrix(matrix_of(tool, tool.hessian(problem), problem), truth)
+    return right_hessian(tool, Problem(mlp(), nn.CrossEntropyLoss(), cut((x, y), (1,) * 8), (x, y)))

@@ -7,7 +7,14 @@ from torch import Tensor, nn
 
 from . import oracle
 from .adapter import Adapter
-from .checks import matrix_of, right_hessian, same_matrix
+from .checks import (
+    matrix_of,
+    right_empirical_fisher,
+    right_gauss_newton,
+    right_gradient_covariance,
+    right_hessian,
+    same_matrix,
+)
 from .models import Attention, Checkpointed, Normalised, classification, cut, labelled, mlp
 from .outcome import WrongAnswer, trap
 from .problem import Problem
@@ -72,14 +79,22 @@ def _sequences() -> tuple[Tensor, Tensor]:
     return torch.randn(12, 6, 4), torch.randint(0, 3, (12,))
 
 
+def _attending() -> Problem:
+    torch.manual_seed(12)
+    whole = _sequences()
+    return Problem(Attention(plain=False), nn.CrossEntropyLoss(), [whole], whole, reference=Attention(plain=True))
+
+
 @trap("default attention kernel", "modules")
 def default_attention_kernel(tool: Adapter) -> str:
     """F.scaled_dot_product_attention as it is: its fused CPU kernel has no second derivative, the math kernel has."""
-    torch.manual_seed(12)
-    model = Attention(plain=False)
-    whole = _sequences()
-    reference = Attention(plain=True)
-    return right_hessian(tool, Problem(model, nn.CrossEntropyLoss(), [whole], whole, reference=reference))
+    return right_hessian(tool, _attending())
+
+
+@trap("default attention kernel, Gauss-Newton", "modules")
+def default_attention_kernel_gauss_newton(tool: Adapter) -> str:
+    """The same for Jacobian products, which the fused kernel does not have either."""
+    return right_gauss_newton(tool, _attending())
 
 
 class _Encoder(nn.Module):
@@ -161,23 +176,16 @@ def layer_norm_every_engine(tool: Adapter) -> str:
 @trap("LayerNorm, Gauss-Newton", "modules")
 def layer_norm_gauss_newton(tool: Adapter) -> str:
     """The generalised Gauss-Newton matrix through LayerNorm."""
-    problem = _normalised()
-    return same_matrix(matrix_of(tool, tool.ggn(problem), problem), oracle.gauss_newton(problem))
+    return right_gauss_newton(tool, _normalised())
 
 
 @trap("LayerNorm, empirical Fisher", "modules")
 def layer_norm_empirical_fisher(tool: Adapter) -> str:
     """The mean outer product of per-example gradients through LayerNorm, two batches."""
-    problem = _normalised()
-    gradients = oracle.example_gradients(problem)
-    truth = gradients.T @ gradients / len(gradients)
-    return same_matrix(matrix_of(tool, tool.empirical_fisher(problem), problem), truth)
+    return right_empirical_fisher(tool, _normalised())
 
 
 @trap("LayerNorm, gradient covariance", "modules")
 def layer_norm_gradient_covariance(tool: Adapter) -> str:
-    """The centred covariance of per-example gradients through LayerNorm, over all examples and not batch by batch."""
-    problem = _normalised()
-    gradients = oracle.example_gradients(problem)
-    centred = gradients - gradients.mean(dim=0)
-    return same_matrix(matrix_of(tool, tool.gradient_covariance(problem), problem), centred.T @ centred / len(centred))
+    """The centred covariance of per-example gradients through LayerNorm, two batches."""
+    return right_gradient_covariance(tool, _normalised())

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from . import oracle
 from .adapter import Adapter
-from .checks import matrix_of, right_eigenvalues, right_hessian, same_matrix
+from .checks import (
+    matrix_of,
+    right_eigenvalues,
+    right_empirical_fisher,
+    right_gauss_newton,
+    right_hessian,
+    same_matrix,
+)
 from .models import TiedLanguageModel, classification, cut, labelled, mlp
 from .outcome import trap
 from .problem import Problem
@@ -47,6 +54,18 @@ class _WithSpare(nn.Module):
 def unused_parameters(tool: Adapter) -> str:
     """A layer that requires grad but is never used has rows of zeros."""
     return right_hessian(tool, classification(_WithSpare()))
+
+
+@trap("unused parameters, Gauss-Newton", "parameters")
+def unused_parameters_gauss_newton(tool: Adapter) -> str:
+    """The same for the generalised Gauss-Newton matrix."""
+    return right_gauss_newton(tool, classification(_WithSpare()))
+
+
+@trap("unused parameters, empirical Fisher", "parameters")
+def unused_parameters_empirical_fisher(tool: Adapter) -> str:
+    """The same for the mean outer product of per-example gradients."""
+    return right_empirical_fisher(tool, classification(_WithSpare()))
 
 
 class _Experts(nn.Module):
