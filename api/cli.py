@@ -141,7 +141,9 @@ def analyze_command(
     criterion: Criterion = None,
     loss: Loss = None,
     measure: Measure = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the new trajectory; default analysis/ beside them.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the new trajectory; default analysis/ beside them.")
+    ] = None,
     key: Annotated[str | None, typer.Option(help="Entry of a checkpoint that holds the weights.")] = None,
     progress: Progress = True,
 ) -> None:
@@ -166,7 +168,15 @@ def analyze_command(
     steps = set(found.measured) | set(found.cached)
     table = result.table()
     rows = [
-        (str(row.step), row.quantity, row.block, str(row.index), f"{row.value:.6g}", f"{row.error:.1g}", _yes(row.converged))
+        (
+            str(row.step),
+            row.quantity,
+            row.block,
+            str(row.index),
+            f"{row.value:.6g}",
+            f"{row.error:.1g}",
+            _yes(row.converged),
+        )
         for row in table.itertuples()
         if row.step in steps
     ]
@@ -186,7 +196,9 @@ def analyze_command(
 def plot_command(
     trajectory: Annotated[Path, typer.Argument(help="Folder of a trajectory, such as a run of train.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the figures, or a file .png, .pdf or .svg.")] = None,
-    figure: Annotated[list[str] | None, typer.Option(help="Which figure, repeatable; default all it has data for.")] = None,
+    figure: Annotated[
+        list[str] | None, typer.Option(help="Which figure, repeatable; default all it has data for.")
+    ] = None,
     format: Annotated[list[str] | None, typer.Option(help="png (default), pdf or svg, repeatable.")] = None,
 ) -> None:
     """Draw the figures of a trajectory."""

@@ -56,7 +56,7 @@ def command(function: F) -> F:
         try:
             return function(*arguments, **options)
         except KeyboardInterrupt:
-            complain("interrupted")
+            complain("interrupted; what was recorded is kept, and `train --resume` goes on from the last checkpoint")
             raise typer.Exit(INTERRUPTED) from None
         except EXPECTED as error:
             if _debug:

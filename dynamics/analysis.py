@@ -87,7 +87,9 @@ def analyze(
     if own and not source.is_dir():
         raise ValueError(f"the run in {place} has no checkpoints yet")
     folder = Path(out).expanduser() if out is not None else _default_folder(place, run if model is None else None)
-    with Trajectory.open(folder, provenance={"checkpoints": str(checkpoints), "measure": list(_texts(measure))}) as table:
+    with Trajectory.open(
+        folder, provenance={"checkpoints": str(checkpoints), "measure": list(_texts(measure))}
+    ) as table:
         found = replay(objective, source, measurements, table, key=key, progress=progress)
     return Analysis(folder, found)
 

@@ -21,7 +21,8 @@ class DataOrder:
     def __init__(self, num_examples: int, batch_size: int | None, seed: int) -> None:
         if batch_size is not None and not 1 <= batch_size <= num_examples:
             raise ValueError(
-                f"`batch_size` is {batch_size}; there are {num_examples} examples: ask for 1 to {num_examples}, or 'full'"
+                f"`batch_size` is {batch_size}; there are {num_examples} examples: ask for 1 to {num_examples}, "
+                "or 'full'"
             )
         self.num_examples, self.seed = num_examples, seed
         self.batch_size = num_examples if batch_size is None else batch_size

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -69,9 +70,15 @@ def doctor(objective: Objective, *, seed: int = 0) -> Diagnosis:
         ("symmetry", lambda: _symmetry(objective, u, v)),
         *((f"engine {name}", lambda name=name: _engine(objective, name, v)) for name in ENGINES),
         ("dense block", lambda: _dense_block(objective, generator)),
-        ("unused parameters", lambda: _listed(objective.unused, "the loss does not depend on", "their rows of the Hessian are zero")),
+        (
+            "unused parameters",
+            lambda: _listed(objective.unused, "the loss does not depend on", "their rows of the Hessian are zero"),
+        ),
         ("tied parameters", lambda: _listed(_tied(objective.model), "shared by several names:", "counted once")),
-        ("frozen parameters", lambda: _listed(_frozen(objective), "not analysed:", "requires_grad is off or `params` leaves them out")),
+        (
+            "frozen parameters",
+            lambda: _listed(_frozen(objective), "not analysed:", "requires_grad is off or `params` leaves them out"),
+        ),
     ]
     if checks[0].outcome == OK:
         checks += [_run(name, check) for name, check in rest]
@@ -107,7 +114,7 @@ def _gradient(objective: Objective, u: Tensor) -> tuple[str, str]:
     # Along the gradient itself the slope is far above rounding; u alone may be nearly orthogonal to it.
     direction = gradient / gradient.norm().clamp_min(1e-30) + u
     direction = direction / direction.norm()
-    expected = float((gradient.double() @ direction.double()))
+    expected = float(gradient.double() @ direction.double())
     slopes = []
     for exponent in range(1, 7):
         h = 10.0**-exponent
@@ -116,7 +123,7 @@ def _gradient(objective: Objective, u: Tensor) -> tuple[str, str]:
         with _moved(objective, -h * direction):
             below = objective.loss()
         slopes.append((above - below) / (2 * h))
-    differences = [abs(a - b) for a, b in zip(slopes, slopes[1:], strict=False)]
+    differences = [abs(a - b) for a, b in pairwise(slopes)]
     best = min(range(len(differences)), key=differences.__getitem__)
     found, uncertainty = slopes[best], differences[best]
     error = abs(found - expected)
@@ -147,7 +154,7 @@ def _side_effects(objective: Objective, v: Tensor) -> tuple[str, str]:
     before = _everything(objective)
     objective.loss()
     objective.gradient()
-    Hessian(objective) @ v
+    Hessian(objective).matvec(v)
     after = _everything(objective)
     changed = [name for name in before if not _same(before[name], after.get(name))]
     changed += [name for name in after if name not in before]
@@ -164,7 +171,9 @@ def _everything(objective: Objective) -> dict[str, object]:
         "grad mode": torch.is_grad_enabled(),
     }
     model = objective.model
-    tensors = dict(objective.parameters) if model is None else dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors = (
+        dict(objective.parameters) if model is None else dict(model.named_parameters()) | dict(model.named_buffers())
+    )
     for name, tensor in tensors.items():
         found[name] = tensor.detach().clone()
         found[f"{name}.grad"] = None if tensor.grad is None else tensor.grad.clone()
@@ -208,7 +217,10 @@ def _engine(objective: Objective, name: str, v: Tensor) -> tuple[str, str]:
     error = float((product - expected).double().norm()) / max(float(expected.double().norm()), 1e-300)
     allowed = 4 * (hessian.relative_error + reference.relative_error)
     if allowed > TOO_ROUGH:
-        return NOTE, f"states an error of {hessian.relative_error:.1g} here, as kinks (ReLU) cause: of no use for this model"
+        return (
+            NOTE,
+            f"states an error of {hessian.relative_error:.1g} here, as kinks (ReLU) cause: of no use for this model",
+        )
     return (OK if error <= allowed else FAIL), f"agrees to {error:.1g} (relative), {allowed:.1g} allowed"
 
 
@@ -241,7 +253,10 @@ def _dense_block(objective: Objective, generator: torch.Generator) -> tuple[str,
     error = float((found - expected).norm()) / size
     allowed = 100 * hessian.relative_error
     top = float(torch.linalg.eigvalsh((expected + expected.T) / 2)[-1])
-    text = f"{len(chosen)} coordinates: agrees to {error:.1g} (relative), {allowed:.1g} allowed; its largest eigenvalue {top:.4g}"
+    text = (
+        f"{len(chosen)} coordinates: agrees to {error:.1g} (relative), {allowed:.1g} allowed; "
+        f"its largest eigenvalue {top:.4g}"
+    )
     return (OK if error <= allowed or float((found - expected).abs().max()) == 0 else FAIL), text
 
 

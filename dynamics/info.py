@@ -58,7 +58,9 @@ def _cpu() -> Fact:
 
 def _cuda() -> list[Fact]:
     if not torch.cuda.is_available():
-        built = "this torch is built without CUDA" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
+        built = (
+            "this torch is built without CUDA" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
+        )
         return [Fact("device", "cuda", "none", f"everything runs on the CPU; {built}")]
     facts = []
     for index in range(torch.cuda.device_count()):

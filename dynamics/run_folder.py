@@ -76,7 +76,9 @@ class RunFolder:
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} cannot be read ({error!r}); restore it, or train into a new folder") from error
         if kind != FORMAT or version > VERSION:
-            raise ValueError(f"{path} says {kind!r} version {version}; this sharpscope knows {FORMAT!r} up to {VERSION}")
+            raise ValueError(
+                f"{path} says {kind!r} version {version}; this sharpscope knows {FORMAT!r} up to {VERSION}"
+            )
         return options, fingerprint
 
     def checkpoints(self) -> list[Path]:

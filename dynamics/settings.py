@@ -19,9 +19,14 @@ def parse_settings(text: str) -> dict[str, Any]:
         call = ast.parse(f"_({text})", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
             raise ValueError("it is not of that form")
-        return {str(k.arg): _value(k.value) for k in call.keywords}
+        settings = {str(k.arg): _value(k.value) for k in call.keywords}
+        if len(settings) < len(call.keywords):
+            raise ValueError("a key stands there twice")
+        return settings
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{text!r} cannot be read as key=value,key=value ({error}); an example: lr=0.1,momentum=0.9") from None
+        raise ValueError(
+            f"{text!r} cannot be read as key=value,key=value ({error}); an example: lr=0.1,momentum=0.9"
+        ) from None
 
 
 def _value(node: ast.expr) -> Any:
@@ -72,6 +77,10 @@ def _classes() -> dict[str, Any]:
     found = {}
     for module in (measurements, spectra_measurements):
         for value in vars(module).values():
-            if inspect.isclass(value) and value.__module__ == module.__name__ and callable(getattr(value, "measure", None)):
+            if (
+                inspect.isclass(value)
+                and value.__module__ == module.__name__
+                and callable(getattr(value, "measure", None))
+            ):
                 found[re.sub(r"(?<!^)(?=[A-Z])", "_", value.__name__).lower()] = value
     return found

@@ -29,7 +29,9 @@ class Sharpness:
         which: "LA" largest, "SA" smallest, "LM" largest in absolute value, as for `top_eigenvalues`.
         tol: Residual over |λ|max at which an eigenvalue counts as converged.
         max_products: Budget of a point; what is not converged then is marked so.
-        seed: Of the random part of the start.
+        verify: As for `top_eigenvalues`. False with tol=1e-2 is the cheapest way to follow a slow spectrum, some three
+            products a point, at the risk of following an eigenvalue for a while after another has overtaken it.
+        seed: Of the random part of the start, another one at each step.
         keep_vectors: Record the eigenvectors as the array "vectors" [n, num] of index 0.
     """
 
@@ -39,6 +41,7 @@ class Sharpness:
     tol: float = 1e-3
     _: KW_ONLY
     max_products: int | None = None
+    verify: bool = True
     seed: int = 0
     keep_vectors: bool = False
     name: str = "sharpness"
@@ -51,7 +54,8 @@ class Sharpness:
             tol=self.tol,
             max_products=self.max_products,
             start=_previous_vectors(point),
-            seed=self.seed,
+            seed=self.seed + point.step,
+            verify=self.verify,
         )
         point.state["vectors"] = pairs.vectors
         arrays = {"vectors": pairs.vectors} if self.keep_vectors else None
@@ -195,8 +199,8 @@ class BlockSpectra:
 def _previous_vectors(point: Point) -> Tensor | None:
     """Eigenvectors of the point before, [n, num], to start from.
 
-    `top_eigenvalues` adds some gradient and noise to them: alone they would stay in a stale eigenspace when another
-    eigenvalue overtakes.
+    `top_eigenvalues` adds noise to them, here another at each step: alone they would stay in a stale eigenspace when
+    another eigenvalue overtakes, and what one step's noise misses the next one's finds.
     """
     vectors, op = point.state.get("vectors"), point.hessian()
     if vectors is None or vectors.shape[0] != op.shape[0]:

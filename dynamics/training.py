@@ -22,7 +22,8 @@ from .settings import chosen_measurements
 from .training_options import FULL_BATCH, TrainingOptions
 from .training_result import TrainingResult
 from .trajectory import Trajectory
-from .workloads.catalogue import Workload, workload
+from .workloads.catalogue import Workload
+from .workloads.catalogue import workload as built_in
 from .workloads.examples import Examples
 
 
@@ -31,7 +32,7 @@ class TrainingDiverged(ValueError):
 
 
 def train(
-    name: str | None = None,
+    workload: str | None = None,
     *,
     optimizer: str | None = None,
     lr: float | None = None,
@@ -62,7 +63,7 @@ def train(
     moment goes on with `resume=True` and ends with the same table, bit for bit, as one left alone.
 
     Args:
-        name: "digits-mlp" (default), "digits-cnn", "fashion-cnn" or "char-transformer".
+        workload: "digits-mlp" (default), "digits-cnn", "fashion-cnn" or "char-transformer".
         optimizer: Any of torch.optim by name; default SGD.
         lr, momentum: Shorthands for entries of `optimizer_options`; an lr that is not given is the workload's for
             SGD, and the optimizer's own default otherwise.
@@ -91,7 +92,7 @@ def train(
     if resume and overwrite:
         raise ValueError("`resume` and `overwrite` are both True; resume goes on with the run, overwrite deletes it")
     given = {
-        "workload": name, "optimizer": optimizer, "lr": lr, "momentum": momentum, "batch_size": batch_size,
+        "workload": workload, "optimizer": optimizer, "lr": lr, "momentum": momentum, "batch_size": batch_size,
         "optimizer_options": optimizer_options, "steps": steps, "every": every, "measure": measure, "seed": seed,
         "data": data, "num_examples": num_examples, "num_measured": num_measured, "device": device,
         "checkpoint_every": checkpoint_every, "threads": threads,
@@ -110,11 +111,12 @@ def train(
             "`overwrite` (--overwrite) to replace it"
         )
     with _settled(options):
-        job = workload(options.workload, seed=options.seed, data=options.data, num_examples=options.num_examples)
+        job = built_in(options.workload, seed=options.seed, data=options.data, num_examples=options.num_examples)
         found = _fingerprint(job)
         if stored is not None and found != fingerprint:
             raise ValueError(
-                f"the data ({job.source}) is not what the run in {folder.path} began with; restore it, or start a new run"
+                f"the data ({job.source}) is not what the run in {folder.path} began with; restore it, or start a new "
+                "run"
             )
         run = _Run(options, job.to(options.device), folder)
         if stored is None:
@@ -145,9 +147,7 @@ class _Run:
             finished = first == steps and trajectory.is_complete(steps)
             if state is None:
                 trajectory.discard_after(-1)  # measured by a process that died before its first checkpoint
-            monitor = Monitor(
-                self.objective, self.optimizer, self.measurements, trajectory, every=self.options.every
-            )  # type: ignore[arg-type]
+            monitor = Monitor(self.objective, self.optimizer, self.measurements, trajectory, every=self.options.every)  # type: ignore[arg-type]
             if state is not None:
                 self._restore(state, monitor)
             if not finished:
@@ -174,11 +174,12 @@ class _Run:
         if not math.isfinite(value):
             raise TrainingDiverged(
                 f"the training loss is {value} at step {step}: {self.options.optimizer} with "
-                f"{self.options.optimizer_options} diverged; choose a smaller lr. What was measured is in {self.folder.path}"
+                f"{self.options.optimizer_options} diverged; choose a smaller lr. "
+                f"What was measured is in {self.folder.path}"
             )
         rows = monitor.step()
         if needs_closure(self.optimizer):
-            self.optimizer.step(lambda: self._gradient(batch))
+            self.optimizer.step(lambda: float(self._gradient(batch).detach()))
         else:
             self.optimizer.step()
         shown = {"loss": f"{value:.3g}"}
@@ -263,5 +264,3 @@ def _bar(first: int, steps: int, options: TrainingOptions, progress: bool) -> tq
     title = f"{options.workload}, {options.optimizer}"
     # None switches the bar off where there is no terminal to draw it on.
     return tqdm(total=steps, initial=first, desc=title, unit="step", disable=None if progress else True)
-
-

@@ -71,7 +71,9 @@ class TrainingOptions:
             data=_place(found.get("data")),
             num_examples=_optional_count(found.get("num_examples"), "num_examples"),
             num_measured=_optional_count(found.get("num_measured"), "num_measured"),
-            checkpoint_every=_count(found.get("checkpoint_every", max(1, steps // NUM_CHECKPOINTS)), "checkpoint_every"),
+            checkpoint_every=_count(
+                found.get("checkpoint_every", max(1, steps // NUM_CHECKPOINTS)), "checkpoint_every"
+            ),
             device=device,
             threads=_count(found.get("threads", torch.get_num_threads()), "threads"),
         )
@@ -124,5 +126,3 @@ def _check_device(device: str) -> None:
         raise ValueError(f"`device` is {device!r}; give 'cpu' or 'cuda'") from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"`device` is {device!r} but torch {torch.__version__} finds no CUDA device; use 'cpu'")
-
-

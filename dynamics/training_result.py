@@ -64,7 +64,9 @@ class TrainingResult:
         lines.append(
             ("accuracy", f"{job.accuracy(job.train):.1%} trained on, {job.accuracy(job.held_out):.1%} held out")
         )
-        lines.append(("time", f"{self.seconds:.1f} s" + ("" if self.resumed_at is None else f" since step {self.resumed_at}")))
+        lines.append(
+            ("time", f"{self.seconds:.1f} s" + ("" if self.resumed_at is None else f" since step {self.resumed_at}"))
+        )
         return lines
 
 
@@ -90,7 +92,8 @@ class Edge:
         return cls(float(ratio[0]), float(last.mean()), float(last.min()), float(last.max()))
 
     def __str__(self) -> str:
-        return f"{self.start:.2f} at the start, {self.mean:.3f} over the last third ({self.lowest:.2f} to {self.highest:.2f})"
+        later = f"{self.mean:.3f} over the last third ({self.lowest:.2f} to {self.highest:.2f})"
+        return f"{self.start:.2f} at the start, {later}"
 
 
 def _batches(size: int | str) -> str:

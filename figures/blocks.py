@@ -29,7 +29,7 @@ DECADES = 9
 # Distances are written into the cells up to this many blocks.
 MOST_NUMBERS = 14
 MOST_PANELS = 200
-MOST_LETTERS = 26
+MOST_LETTERS = 24
 QUANTITY = "heterogeneity"  # under which the measurement BlockSpectra records its arrays
 LARGEST_DISTANCE = math.sqrt(math.log(2))
 
@@ -81,8 +81,8 @@ def block_spectra_grid(
     curves = [_halves(panel, grid) for panel in panels]
     smallest = min(_lightest(panel) for panel in panels)
     floor = 10.0 ** math.floor(math.log10(smallest / (SIGMA * math.sqrt(2 * math.pi)) / ABOVE_FLOOR))
-    height = math.log10(max(float((mean + band).max()) for halves in curves for mean, band in halves) / floor)
-    height = max(height, 1.0) * 1.1
+    highest = max(float((mean + band).max()) for halves in curves for mean, band in halves)
+    height = 1.1 * math.log10(max(highest / floor, 10.0))
     with canvas(ax, (min(2.1 * across, 8.4) + 0.8, 1.15 * down + 0.7)) as ax:
         _empty(ax)
         for i, (panel, halves) in enumerate(zip(panels, curves, strict=True)):
@@ -122,6 +122,7 @@ def js_heatmap(
             distances of the default ones.
     """
     if isinstance(source, BlockSpectra):
+        _refuse_step(step)
         names, distance = list(source), source.js_distance(axis=axis, sigma=sigma).numpy()
     else:
         if axis != "log" or sigma is not None:
@@ -147,8 +148,7 @@ def js_heatmap(
 
 def _panels(source: BlockSpectra | Trajectory, step: int | None) -> list[Panel]:
     if isinstance(source, BlockSpectra):
-        if step is not None:
-            raise ValueError(f"`step` is {step}, but `source` is one BlockSpectra; leave `step` out")
+        _refuse_step(step)
         return [
             Panel(
                 name,
@@ -174,6 +174,11 @@ def _panels(source: BlockSpectra | Trajectory, step: int | None) -> list[Panel]:
         top, converged = tops[name]
         panels.append(Panel(name, size, nodes, weights, float(top), bool(converged), 0.0))
     return panels
+
+
+def _refuse_step(step: int | None) -> None:
+    if step is not None:
+        raise ValueError(f"`step` is {step}, but `source` is one BlockSpectra; leave `step` out")
 
 
 def _rows(spectrum: BlockSpectrum) -> tuple[np.ndarray, np.ndarray]:
@@ -236,8 +241,10 @@ def _halves(panel: Panel, grid: np.ndarray) -> list[tuple[np.ndarray, np.ndarray
 
 
 def _lightest(panel: Panel) -> float:
-    """The share of a single eigenvalue; where the size is not known, of the lightest node."""
-    return 1 / panel.size if panel.size is not None else max(float(panel.weights[panel.weights > 0].min()), 1e-7)
+    """The share of a single eigenvalue; where the size is not known, of a light node."""
+    if panel.size is not None:
+        return 1 / panel.size
+    return max(float(np.quantile(panel.weights[panel.weights > 0], 0.25)), 1e-7)
 
 
 def _empty(ax: Axes) -> None:
@@ -279,17 +286,17 @@ def _draw(
     ax.axhline(0, color="#333333", linewidth=0.6)
     if abs(panel.top) > max(panel.noise, x[0]):
         ax.plot([abs(panel.top)], [0], gid="top", **_dot(panel.converged))
-    small: dict[str, Any] = {"transform": ax.transAxes, "va": "bottom", "fontsize": "xx-small", "color": GREY}
     zero = float((panel.weights * (np.abs(panel.nodes) <= max(panel.noise, 10 ** grid[0]))).sum() / panel.weights.sum())
     if zero > 0.0005:
-        ax.text(0.03, 0.04, f"{100 * zero:.3g} % ≈ 0", ha="left", **small)
+        note = ax.text(0.03, 0.04, f"{100 * zero:.3g} % ≈ 0", transform=ax.transAxes, va="bottom", fontsize="xx-small")
+        note.set(color=GREY, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})
     if panel.size is not None:
-        ax.text(0.98, 0.04, f"n = {panel.size:,}", ha="right", **small)
+        ax.set_title(f"n = {panel.size:,}", loc="right", fontsize="xx-small", color=GREY, pad=2)
     ax.set_title(_shortened(panel.name), loc="left", fontsize="small", pad=2)
     ax.spines[["top", "right"]].set_visible(False)
     ax.xaxis.set_major_locator(LogLocator(numticks=6))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_locator(MultipleLocator(max(1, round(height / 3))))
+    ax.yaxis.set_major_locator(MultipleLocator(max(1, round(height / 2))))
     bottom = round(math.log10(floor))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: rf"$10^{{{bottom + round(abs(y))}}}$"))
     ax.tick_params(labelsize="x-small", length=2)

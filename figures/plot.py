@@ -5,18 +5,34 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 
 from ..dynamics.trajectory import Trajectory
 from ..landscape.selection import near_names
+from .blocks import block_spectra_grid, js_heatmap
+from .spectrum import density, density_evolution
 from .style import save
 from .trajectory import sharpness_trajectory
 
 FORMATS = ("png", "pdf", "svg")
-# Name of a figure: the quantity that it needs, and what draws it.
-FIGURES: dict[str, tuple[str, Callable[[Trajectory], Axes]]] = {
-    "sharpness": ("sharpness", sharpness_trajectory),
+
+
+class Figure(NamedTuple):
+    """What draws a figure, and the quantity it needs with arrays at that many steps (0: values will do)."""
+
+    draw: Callable[[Trajectory], Axes]
+    quantity: str
+    num_arrays: int = 0
+
+
+FIGURES = {
+    "sharpness": Figure(sharpness_trajectory, "sharpness"),
+    "density": Figure(density, "density", 1),
+    "density_evolution": Figure(density_evolution, "density", 2),
+    "block_spectra": Figure(block_spectra_grid, "heterogeneity", 1),
+    "block_distances": Figure(js_heatmap, "heterogeneity", 1),
 }
 
 
@@ -32,7 +48,8 @@ def plot(
     Args:
         trajectory: Open, or its folder.
         out: A folder, default the trajectory's own; or one file whose ending is the format, for a single figure.
-        figures: Among "sharpness", "density", "blocks" and "distances"; None draws all that there is data for.
+        figures: Among "sharpness", "density", "density_evolution", "block_spectra" and "block_distances"; None
+            draws all that there is data for.
         formats: Among "png", "pdf" and "svg".
 
     Returns:
@@ -41,13 +58,11 @@ def plot(
     if not isinstance(trajectory, Trajectory):
         with Trajectory.open(trajectory, mode="r") as opened:
             return plot(opened, out, figures=figures, formats=formats)
-    known = trajectory.quantities()
-    possible = [name for name, (quantity, _) in FIGURES.items() if quantity in known]
+    possible = [name for name, figure in FIGURES.items() if _possible(figure, trajectory)]
     if not possible:
-        needed = ", ".join(dict.fromkeys(quantity for quantity, _ in FIGURES.values()))
         raise ValueError(
-            f"`trajectory` {trajectory.path} has nothing to draw: it holds {', '.join(known) or 'no rows'}, and the "
-            f"figures need one of {needed}"
+            f"`trajectory` {trajectory.path} has nothing to draw: it holds "
+            f"{', '.join(trajectory.quantities()) or 'no rows'}; add the measurement Sharpness, Density or BlockSpectra"
         )
     chosen = list(possible if figures is None else figures)
     for name in chosen:
@@ -56,15 +71,24 @@ def plot(
                 f"`figures` names {name!r}; choose among {', '.join(FIGURES)} (near: {near_names(name, FIGURES)})"
             )
         if name not in possible:
+            need = FIGURES[name]
+            times = f" at {need.num_arrays} steps" if need.num_arrays > 1 else ""
             raise ValueError(
-                f"`figures` asks for {name!r}, which needs {FIGURES[name][0]!r}; here are {', '.join(possible)}"
+                f"`figures` asks for {name!r}, which needs {need.quantity!r}{times}; {trajectory.path} has data for "
+                f"{', '.join(possible)}"
             )
     written = []
     for name, paths in _targets(chosen, out, formats, trajectory.path).items():
         paths[0].parent.mkdir(parents=True, exist_ok=True)
-        save(FIGURES[name][1](trajectory), *paths)
+        save(FIGURES[name].draw(trajectory), *paths)
         written += paths
     return written
+
+
+def _possible(figure: Figure, trajectory: Trajectory) -> bool:
+    if figure.quantity not in trajectory.quantities():
+        return False
+    return figure.num_arrays == 0 or len(trajectory.array_steps(figure.quantity)) >= figure.num_arrays
 
 
 def _targets(

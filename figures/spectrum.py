@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from ..dynamics.trajectory import Trajectory
 from ..hessian.eigs import EigenPairs
 from ..hessian.slq import SpectralDensity
 from .style import BAND_ALPHA, BLACK, COLORS, DASHES, HEAT, VERMILION, canvas, color_bar, dress, log_axis
-from .trajectory import Curve, curve, missing, threshold_name
+from .trajectory import FAR_ABOVE, curve, missing, threshold_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 UNDER_LOWEST_PEAK = 5.0
 # ... and no further than this under the highest, where rounding begins.
 DEEPEST = 1e-10
+# Widths of the Gaussian beyond the last node.
+REACH = 5
 EIGENVALUE = "Eigenvalue λ (loss / parameter²)"
 DENSITY = "Spectral density (parameter² / loss)"
 
@@ -119,8 +121,8 @@ def density_evolution(
     steps = trajectory.array_steps("density")
     spectra = [_recorded(trajectory, step) for step in steps]
     width = max(spectrum.default_sigma() for spectrum in spectra) if sigma is None else sigma
-    low = min(float(spectrum.nodes.min()) for spectrum in spectra) - 4 * width
-    high = max(float(spectrum.nodes.max()) for spectrum in spectra) + 4 * width
+    low = min(float(spectrum.nodes.min()) for spectrum in spectra) - REACH * width
+    high = max(float(spectrum.nodes.max()) for spectrum in spectra) + REACH * width
     edges = np.linspace(low, high, int(np.clip(3 * (high - low) / width, 300, 4000)))
     middles = (edges[1:] + edges[:-1]) / 2
     shades = np.stack([spectrum.on_grid(middles, width)[0].numpy() for spectrum in spectra], axis=1)  # [g, steps]
@@ -133,26 +135,22 @@ def density_evolution(
         mesh.set(rasterized=True, gid="density")
         color_bar(ax, mesh, DENSITY)
         if sharpness is not None:
-            ax.plot(sharpness.steps, sharpness.values, color=VERMILION, linewidth=1.1, gid="sharpness")
-            _name(ax, sharpness, len(sharpness.steps) // 6, r"$\lambda_{1}$", VERMILION)
-        if threshold is not None and np.nanmax(threshold.values) < 4 * high:
-            look = {"color": BLACK, "linestyle": (0, (4, 2)), "linewidth": 1.0, "gid": "threshold"}
+            look = {"color": VERMILION, "linewidth": 1.1, "gid": "sharpness", "label": r"$\lambda_{1}$"}
+            ax.plot(sharpness.steps, sharpness.values, **look)
+        if threshold is not None and np.nanmax(threshold.values) < FAR_ABOVE * high:
+            text = (threshold_label or threshold_name(trajectory, threshold)).replace("\n", " ")
+            look = {"color": BLACK, "linestyle": (0, (4, 2)), "linewidth": 1.0, "gid": "threshold", "label": text}
             ax.plot(threshold.steps, threshold.values, drawstyle="steps-post", **look)
-            text = threshold_label or threshold_name(trajectory, threshold)
-            _name(ax, threshold, -1, text.replace("\n", " "), BLACK)
+        if ax.lines:
+            place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2, "ncols": 2}
+            ax.legend(frameon=False, fontsize="small", **place)
         lines = [np.nanmax(line.get_ydata()) for line in ax.lines]
-        ax.set_ylim(low, max([high, *lines]) + 0.08 * (high - low))
+        ax.set_ylim(low, max([high, *lines]) + 0.04 * (high - low))
         ax.set_xlabel("Training step")
         ax.set_ylabel(EIGENVALUE)
         ax.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, min_n_ticks=1, steps=[1, 2, 2.5, 5, 10]))
         dress(ax, grid=None)
     return ax
-
-
-def _name(ax: Axes, one: Curve, at: int, text: str, color: str) -> None:
-    """`text` above a point of a line: above the largest eigenvalue the plane is empty."""
-    place = {"xytext": (-3, 4), "textcoords": "offset points", "ha": "right", "va": "bottom"}
-    ax.annotate(text, (one.steps[at], one.values[at]), color=color, **place)
 
 
 def _step(trajectory: Trajectory, step: int | None) -> int:
@@ -181,20 +179,27 @@ def _recorded(trajectory: Trajectory, step: int) -> SpectralDensity:
 def _points(spectrum: SpectralDensity, sigma: float) -> np.ndarray:
     """The axis: dense enough for every peak, and with every node, so that no peak loses its top."""
     nodes = spectrum.nodes.numpy().ravel()
-    low, high = nodes.min() - 4 * sigma, nodes.max() + 4 * sigma
+    low, high = nodes.min() - REACH * sigma, nodes.max() + REACH * sigma
     return np.union1d(np.linspace(low, high, int(np.clip(8 * (high - low) / sigma, 500, 5000))), nodes)
 
 
 def _floor(spectrum: SpectralDensity, sigma: float) -> float:
-    """The lower end of the axis: below the lowest peak, so that every eigenvalue that was found is seen."""
-    at_nodes = spectrum.on_grid(spectrum.nodes[spectrum.weights > 0], sigma)[0]
-    return max(float(at_nodes.min()) / UNDER_LOWEST_PEAK, DEEPEST * float(at_nodes.max()))
+    """The lower end of the axis: below the peaks of the outermost eigenvalues and of nearly all others.
+
+    Not of all: a quadrature may put a node into a gap of the spectrum, with a weight that means nothing.
+    """
+    nodes = spectrum.nodes[spectrum.weights > 0]
+    at_nodes = spectrum.on_grid(nodes, sigma)[0]
+    outermost = min(float(at_nodes[nodes.argmin()]), float(at_nodes[nodes.argmax()]))
+    lowest = min(outermost, float(at_nodes.quantile(0.05)))
+    return max(lowest / UNDER_LOWEST_PEAK, DEEPEST * float(at_nodes.max()))
 
 
 def _ticks(eigenvalues: EigenPairs | Sequence[float]) -> Ticks:
     if isinstance(eigenvalues, EigenPairs):
         values, errors = (t.detach().cpu().double().numpy() for t in (eigenvalues.values, eigenvalues.residuals))
-        return Ticks(values, errors, np.full(len(values), eigenvalues.converged))
+        sure = errors <= eigenvalues.tol * np.abs(values).max(initial=0)  # of those that others held back
+        return Ticks(values, errors, sure | eigenvalues.converged)
     values = np.asarray(eigenvalues, dtype=float).reshape(-1)
     return Ticks(values, np.zeros_like(values), np.ones_like(values, dtype=bool))
 

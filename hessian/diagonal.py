@@ -45,7 +45,7 @@ def diagonal(op: LinearOperator, *, num_probes: int = 100, seed: int = 0) -> Dia
         num_probes: Products to spend, m ≥ 2.
         seed: Of the probes; the global random state is not touched.
 
-    Source: Bekas, Kokiopoulou and Saad, An estimator for the diagonal of a matrix, 2007, section 2.
+    Source: Bekas, Kokiopoulou and Saad, An Estimator for the Diagonal of a Matrix, 2007.
 
     >>> from sharpscope.hessian.operator import DiagonalOperator
     >>> diagonal(DiagonalOperator(torch.arange(5.0)), num_probes=2).estimate

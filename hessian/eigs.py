@@ -1,7 +1,4 @@
-"""Extreme eigenvalues of a symmetric operator with residual bounds: thick-restart Lanczos that checks its own work.
-
-Sizes: n parameters, j Krylov directions, num wanted pairs.
-"""
+"""Extreme eigenvalues of a symmetric operator, with residuals and a proof that none is missed."""
 
 from __future__ import annotations
 
@@ -9,34 +6,49 @@ import difflib
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..kernels.accurate import norm
+from .estimate import NotConvergedWarning
 from .lanczos import KrylovBasis, checked_vector, plain_tensors
 from .operator import LinearOperator
+from .ritz_search import EXHAUSTIVE, PROOF_ROWS, Ends, RitzSearch
 
 WHICH = {
     "LA": "largest",
     "SA": "smallest",
-    "LM": "largest in magnitude",
-    "BE": "from both ends",
+    "LM": "largest absolute value",
+    "BE": "both ends",
 }
-GUARD = 0.3
-WARM_GUARD = 0.1
-DOUBT = 0.01
-CHAIN = 24
-KEEP = 0.34
-
-class NotConvergedWarning(UserWarning):
-    """The budget ended before every residual was small enough; the best pairs found are returned."""
+# Random part of the start vector beside the unit vector of the operator or of the user: enough that nothing hides
+# behind a symmetric start, and little enough not to cost a product.
+COLD_NOISE = 0.3
+WARM_NOISE = 0.1
+# The basis takes no more memory than this, unless the wanted vectors alone do.
+BASIS_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
 class EigenPairs:
+    """Eigenvalues with vectors and errors. Numbers are float64 on the CPU.
+
+    Attributes:
+        values: [num], in units of loss per squared parameter for a Hessian; order as `which` says.
+        vectors: Unit vectors [n, num] in the operator's dtype and device.
+        residuals: Upper bounds on ‖A v − λ v‖ [num], the stated error of the products and rounding included. An
+            eigenvalue of A lies within this distance of each value.
+        value_bounds: The sharper estimate residual² / gap of that distance [num], where the Ritz values show a gap.
+        converged: Every residual is at most tol · |λ|max.
+        verified: Shown, up to a small probability, that no eigenvalue is missed that would belong here.
+        products: Operator products spent. seconds: Time taken. tol: As asked.
+    """
+
     values: Tensor
     vectors: Tensor
     residuals: Tensor
@@ -46,135 +58,201 @@ class EigenPairs:
     products: int
     seconds: float
     tol: float
-    log: dict
 
     def __len__(self) -> int:
         return len(self.values)
 
+    def __str__(self) -> str:
+        pairs = zip(self.values.tolist(), self.residuals.tolist(), strict=True)
+        state = "converged" if self.converged else "NOT converged"
+        return f"{', '.join(f'{v:.6g} ± {r:.1g}' for v, r in pairs)} ({state}, {self.products} products)"
 
-def top_eigenvalues(op, num=1, *, which="LA", tol=1e-3, max_products=None, max_seconds=None, start=None, seed=0, verify=True, progress=False, basis_size=None):
+
+def top_eigenvalues(
+    op: LinearOperator,
+    num: int = 1,
+    *,
+    which: Literal["LA", "SA", "LM", "BE"] = "LA",
+    tol: float = 1e-3,
+    max_products: int | None = None,
+    max_seconds: float | None = None,
+    start: Tensor | None = None,
+    seed: int = 0,
+    verify: bool = True,
+    basis_size: int | None = None,
+    progress: bool = False,
+) -> EigenPairs:
+    r"""Extreme eigenvalues of a symmetric operator, by thick-restart Lanczos with full reorthogonalisation.
+
+    Multiple eigenvalues come as often as they are: after convergence a Lanczos run from a random start in the
+    complement of the basis either finds what is missing, or shows that nothing is. A single eigenvalue is verified
+    from its own run, to 5 % of |λ|max.
+
+    Args:
+        op: Symmetric, shape [n, n].
+        num: How many, at most n.
+        which: "LA" the largest, descending; "SA" the smallest, ascending; "LM" the largest by absolute value,
+            descending in it; "BE" num // 2 from the low end and the rest from the high end, ascending.
+        tol: Stop when every residual ‖A v − λ v‖ is below tol · |λ|max. Errors of separated eigenvalues are then of
+            the order of tol² · |λ|max.
+        max_products, max_seconds: Budget; by default 300 + 30 num products. At least num products are made.
+        start: Vector [n], or several [n, k], rich in the wanted directions: eigenvectors of a similar operator, say.
+            A little noise is added. By default the operator's `start_vector()` and some noise.
+        seed: Of all random vectors. Equal seeds give equal results, and global generators are left alone.
+        verify: Spend some products (typically 3 to 8, for num ≥ 2) on `verified`.
+        basis_size: Most vectors [n] held. By default 40 or 2 num + 20, and 24 for the verification, in at most 4 GiB.
+        progress: Show a progress bar.
+
+    Warns:
+        NotConvergedWarning: the budget ended, or `tol` is below the rounding errors. The best pairs are returned.
+
+    Source: Wu and Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems, 2000; residual bound:
+    Parlett, The Symmetric Eigenvalue Problem, theorem 4.5.1.
+    """
     began = time.perf_counter()
+    _check(op, num, which, tol, max_products, max_seconds, basis_size)
+    budget = 300 + 30 * num if max_products is None else max_products
+    with plain_tensors(), tqdm(desc="eigenvalues", unit="product", disable=not progress, leave=False) as bar:
+        draw = _generator(op, seed)
+        first, random_share = _start(op, start, draw)
+        krylov = KrylovBasis(op, _capacity(op, num, budget, verify, basis_size))
+        krylov.add(first)
+
+        def exhausted() -> bool:
+            bar.update(krylov.products - bar.n)
+            late = max_seconds is not None and time.perf_counter() - began > max_seconds
+            return krylov.products >= budget or (late and krylov.size >= num)
+
+        search = RitzSearch(
+            krylov,
+            Ends(which, num),
+            tol,
+            relative_error=op.relative_error,
+            random_share=random_share,
+            verify=verify,
+            draw=draw,
+            exhausted=exhausted,
+        )
+        verified = search.run()
+        found = search.pairs()
+        order = found.theta.argsort() if which == "BE" else torch.arange(num)
+        vectors = krylov.vectors(found.S[:, order])  # [num, n]
+        for v in vectors:
+            v /= norm(v)
+        residuals = (found.residuals + found.floor)[order]
+        gaps = found.gaps[order] - found.floor
+        pairs = EigenPairs(
+            values=found.theta[order],
+            vectors=vectors.mT,
+            residuals=residuals,
+            value_bounds=torch.where(gaps > residuals, residuals.square() / gaps, residuals),
+            converged=bool((residuals <= tol * found.scale).all()),
+            verified=verified,
+            products=krylov.products,
+            seconds=time.perf_counter() - began,
+            tol=tol,
+        )
+    if not pairs.converged:
+        _warn(pairs, found.scale, found.floor)
+    return pairs
+
+
+def _check(
+    op: LinearOperator,
+    num: int,
+    which: str,
+    tol: float,
+    max_products: int | None,
+    max_seconds: float | None,
+    basis_size: int | None,
+) -> None:
+    if not isinstance(op, LinearOperator):
+        raise TypeError(f"`op` is a {type(op).__name__}; pass a LinearOperator, for a matrix DenseOperator(matrix)")
     n = op.shape[0]
-    gen = torch.Generator().manual_seed(seed)
-    with plain_tensors():
-        rand = lambda: torch.randn(n, generator=gen, dtype=op.dtype).to(op.device)
-        if start is None:
-            g = op.start_vector()
-            r = rand()
-            starts = [r if g is None else g / norm(g) + GUARD * r / norm(r)]
-        else:
-            r = rand()
-            r = r/norm(r)
-            g = op.start_vector()
-            if g is not None:
-                r = g/norm(g) + GUARD*r
-                r /= norm(r)
-            cols = start.unsqueeze(1) if start.ndim == 1 else start
-            starts = [c / norm(c) for c in cols.T]
-            starts[0] = (starts[0] + WARM_GUARD * r)
-        base = basis_size or max(2 * num + 20, 40)
-        K = KrylovBasis(op, base + len(starts) + (CHAIN if num > 1 and verify else 0))
-        for s in starts: K.add(s.to(op.dtype))
-        max_products = max_products or 2000
-        eps = torch.finfo(op.dtype).eps
-        log = {}
-        def state():
-            theta, S, rho = K.ritz()
-            o = rank(theta, which)
-            scale = theta.abs().max()
-            floor = (op.relative_error + 8 * eps * (1 + K.restarts)) * float(scale)
-            goal = max(tol * float(scale) - floor, 0.1 * floor)
-            return theta, S, rho, o, float(scale), floor, goal
-        def grow(row=None):
-            if K.is_full or K.size + K.num_pending >= base+len(starts)+ (CHAIN if row else 0):
-                theta, S, rho = K.ritz(); o = rank(theta, which)
-                keep = min(K.size - 2, num + max(4, int(KEEP * (K.size - num))))
-                K.restart(theta[o[:keep]], S[:, o[:keep]])
-                row = None
-                log['restarts'] = K.restarts
-            K.expand(row)
-        exhaust = n <= 3 * num
-        def solve():
-            while K.size < n:
-                if K.num_pending == 0:
-                    if not K.add(rand()): break
-                row = None
-                if K.num_pending > 1 and K.size:
-                    theta, S, rho, o, scale, floor, goal = state()
-                    w = o[:num]; w = w[rho[w] > goal]
-                    C = K.coefficients[K.size:] @ S[:, w]
-                    fresh = (K.coefficients[K.size:].abs().sum(1) == 0)
-                    row = K.size + int(torch.where(fresh, torch.inf, C.abs().sum(1) if len(w) else torch.zeros(len(C))).argmax())
-                grow(row)
-                if K.size < num or K.products >= max_products:
-                    if K.products >= max_products: return
-                    continue
-                if len(starts) > 1 and K.products < min(len(starts), n): continue
-                theta, S, rho, o, scale, floor, goal = state()
-                if bool((rho[o[:num]] <= goal).all()) and not exhaust: return
-        solve()
-        log['main'] = K.products
-        verified = False
-        chains = []
-        while verify and num > 1 and K.size < n and K.products < max_products:
-            theta, S, rho, o, scale, floor, goal = state()
-            edge0 = edges(theta[o[:num]], which, num)
-            margin = tol * scale
-            if K.num_pending + K.size + CHAIN > len(K._Q) < n:
-                keep = min(K.size, num + max(2, min(int(KEEP * (K.size - num)), len(K._Q)-CHAIN-num)))
-                K.restart(theta[o[:keep]], S[:, o[:keep]])
-            if not K.add(rand()): verified = True; break
-            a, b = [], []
-            dirty = False
-            while not K.is_full and K.products < max_products:
-                p = K.num_pending
-                row = K.size + p - 1
-                left = K.expand(row)
-                dropped = K.num_pending < p
-                a.append(float(K.coefficients[K.size - 1, K.size - 1])); b.append(0.0 if dropped else left)
-                theta, S, rho, o, scale, floor, goal = state()
-                edge = edges(theta[o[:num]], which, num)
-                dirty = edge[0] < edge0[0] - margin or edge[1] > edge0[1] + margin
-                if dirty: break
-                if excludes(a, b, edge[0] - margin, edge[1] + margin, n): break
-                if dropped: break
-            chains.append(len(a))
-            if dirty:
-                solve()
-                continue
-            verified = excludes(a, b, edge[0] - margin, edge[1] + margin, n) or dropped
-            log['Tc'] = (a, b)
-            break
-        log['chains'] = chains
-        theta, S, rho, o, scale, floor, goal = state()
-        w = o[:num]
-        res = rho[w] + floor
-        V = K.vectors(S[:, w])
-        return EigenPairs(theta[w], V.T, res, res, bool((res <= tol * scale).all()), verified, K.products, time.perf_counter() - began, tol, log)
+    if isinstance(num, bool) or not isinstance(num, int) or num < 1:
+        raise ValueError(f"`num` is {num!r}; ask for at least 1 eigenvalue")
+    if num > n:
+        raise ValueError(
+            f"`num` is {num} but the operator has only n = {n} eigenvalues; ask for at most {n}, or use `dense()`"
+        )
+    if which not in WHICH:
+        near = difflib.get_close_matches(str(which).upper(), WHICH, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        names = ", ".join(f"{name!r} ({meaning})" for name, meaning in WHICH.items())
+        raise ValueError(f"`which` is {which!r}; {hint}it must be one of {names}")
+    if not (math.isfinite(tol) and tol >= 0):
+        raise ValueError(f"`tol` is {tol}; it is relative to the largest eigenvalue and must be at least 0, like 1e-3")
+    if max_products is not None and max_products < num:
+        raise ValueError(
+            f"`max_products` is {max_products} but {num} eigenvalues take at least {num} products; allow more, "
+            "or leave it out"
+        )
+    if max_seconds is not None and not max_seconds > 0:
+        raise ValueError(f"`max_seconds` is {max_seconds}; it must be positive, or None for no limit")
+    if basis_size is not None and basis_size < min(n, num + 6):
+        raise ValueError(
+            f"`basis_size` is {basis_size}; {num} eigenvalues need at least num + 6 = {num + 6} vectors, or n = {n}"
+        )
 
 
-def rank(theta, which):
-    up = torch.arange(len(theta))
-    if which == "SA": return up
-    if which == "LA": return up.flip(0)
-    if which == "LM": return theta.abs().argsort(descending=True, stable=True)
-    return torch.stack([up.flip(0), up], 1).flatten()[: len(theta)]
+def _capacity(op: LinearOperator, num: int, budget: int, verify: bool, basis_size: int | None) -> int:
+    """Rows of the basis: no more than are useful, can be filled, or fit into memory."""
+    n = op.shape[0]
+    if basis_size is not None:
+        return basis_size
+    useful = max(2 * num + 20, 40, n if n <= EXHAUSTIVE * num else 0) + (PROOF_ROWS if verify and num > 1 else 0)
+    fitting = BASIS_BYTES // (n * op.dtype.itemsize)
+    return max(min(useful, fitting, budget + 2), num + 6)
 
-def edges(t, which, num):
-    if which == "LA": return -math.inf, float(t.min())
-    if which == "SA": return float(t.max()), math.inf
-    if which == "LM": e = float(t.abs().min()); return -e, e
-    return (float(t[1::2].max()) if num > 1 else -math.inf), float(t[::2].min())
 
-def excludes(a, b, low, high, n):
-    for mu in (low, high):
-        if math.isinf(mu): continue
-        s, p0, p1, bp, ok = 1.0, 0.0, 1.0, 0.0, False
-        for al, be in zip(a, b):
-            if be == 0: ok = True; break
-            p0, p1 = p1, ((mu - al) * p1 - bp * p0) / be
-            bp = be
-            s += p1 * p1
-            if s > n / DOUBT**2: ok = True; break
-        if not ok: return False
-    return True
+def _generator(op: LinearOperator, seed: int) -> Callable[[], Tensor]:
+    """Random directions that are the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = torch.promote_types(op.dtype, torch.float32)
+    return lambda: torch.randn(op.shape[0], generator=generator, dtype=dtype).to(op.device, op.dtype)
+
+
+def _start(op: LinearOperator, start: Tensor | None, draw: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    """The start vector [n] and the length of its random part, relative to it."""
+    noise = draw()
+    if start is None:
+        known, share = op.start_vector(), COLD_NOISE
+        known = None if known is None else checked_vector(op, known.reshape(-1), "op.start_vector()")
+    else:
+        known, share = _sum_of_columns(op, start), WARM_NOISE
+    length = 0.0 if known is None else float(norm(known))
+    if known is None or length == 0.0:
+        return noise, 1.0
+    first = known / length + share * noise / norm(noise)
+    return first, share / float(norm(first))
+
+
+def _sum_of_columns(op: LinearOperator, start: Tensor) -> Tensor:
+    """All start vectors in one: a Krylov space of their sum finds each, with fewer products than a block of them."""
+    columns = start.unsqueeze(1) if isinstance(start, Tensor) and start.ndim == 1 else start
+    if not isinstance(columns, Tensor) or columns.ndim != 2 or columns.shape[0] != op.shape[0] or not columns.shape[1]:
+        shown = list(start.shape) if isinstance(start, Tensor) else type(start).__name__
+        raise ValueError(f"`start` is {shown}; it must be a tensor [{op.shape[0]}] or [{op.shape[0]}, k]")
+    total = torch.zeros_like(columns[:, 0])
+    for column in columns.mT:
+        length = float(norm(checked_vector(op, column, "start")))
+        if length == 0.0:
+            raise ValueError("`start` is zero, or has a zero column; leave it out to start from the gradient and noise")
+        total += column / length
+    return total
+
+
+def _warn(pairs: EigenPairs, scale: float, floor: float) -> None:
+    goal = pairs.tol * scale
+    missed = int((pairs.residuals > goal).sum())
+    cure = (
+        f"no smaller than the error of the products, {floor:.2g}: loosen `tol` or work in float64"
+        if goal <= floor
+        else "not met within the budget: raise `max_products`, or loosen `tol`"
+    )
+    warnings.warn(
+        f"{missed} of {len(pairs)} eigenpairs not converged after {pairs.products} products: largest residual "
+        f"{float(pairs.residuals.max()):.3g}, asked for tol · |λ|max = {goal:.3g}, which is {cure}",
+        NotConvergedWarning,
+        stacklevel=3,
+    )

@@ -48,7 +48,8 @@ def frobenius_norm(op: LinearOperator, *, method: str = "xtrace", num_probes: in
     Returns:
         An `Estimate` of the norm, whose `samples` are those of its square.
 
-    Source: Epperly, Tropp and Webber, XTrace, 2024, applied to A²: both halves of its samples are known from A alone.
+    Source: Epperly, Tropp and Webber, XTrace, 2024, whose samples for the trace of A²
+    need products with A only.
     """
     check_method(method, FEWEST_PRODUCTS)
     check_num_probes(num_probes, 1)

@@ -50,7 +50,7 @@ def lanczos_tridiagonal(op: LinearOperator, start: Tensor, num_steps: int) -> Tr
         raise ValueError(f"`num_steps` is {num_steps}; Lanczos needs at least one step")
     with plain_tensors():
         krylov = KrylovBasis(op, num_steps + 1)
-        if not krylov.add(checked_vector(op, start, "start")):
+        if krylov.add(checked_vector(op, start, "start")) is None:
             raise ValueError("`start` is zero; Lanczos needs a direction, a random one for instance")
         remainder = 0.0
         while krylov.num_pending and krylov.size < num_steps:
@@ -66,25 +66,27 @@ class KrylovBasis:
     """An orthonormal basis that grows by products, with the projection of A onto it.
 
     Its rows Q [m, n] are the j directions already multiplied, then the p pending ones, and A Q_jᵀ = Qᵀ H holds to
-    rounding for the coefficients H [m, j]. Plain Lanczos has one pending direction, the last remainder; several
+    rounding for the coefficients H [m, j]. Plain Lanczos has one pending direction, the last remainder; further
     starts, random restarts and thick restarts are the same thing with more of them.
 
     Args:
         op: Symmetric operator A, shape [n, n].
         capacity: Most rows to hold; at most n are needed.
+
+    Attributes:
+        size: j. num_pending: p. products, restarts, starts: How many there were.
+        scale: The largest ‖A q‖ seen, a lower bound of ‖A‖.
     """
 
     def __init__(self, op: LinearOperator, capacity: int) -> None:
         self._op = op
         self._n = op.shape[0]
-        capacity = min(capacity, self._n)
-        self._Q = torch.empty(capacity, self._n, dtype=op.dtype, device=op.device)
-        self._H = torch.zeros(capacity, capacity, dtype=torch.float64)
-        self.size = 0  # j
-        self.num_pending = 0  # p
-        self.products = 0
-        self.restarts = 0
-        self.scale = 0.0  # largest ‖A q‖ seen: a lower bound of ‖A‖
+        self._eps = torch.finfo(op.dtype).eps
+        self.capacity = min(capacity, self._n)
+        self._Q = torch.empty(self.capacity, self._n, dtype=op.dtype, device=op.device)
+        self._H = torch.zeros(self.capacity, self.capacity, dtype=torch.float64)
+        self.size = self.num_pending = self.products = self.restarts = self.starts = 0
+        self.scale = 0.0
 
     @property
     def rows(self) -> Tensor:
@@ -99,29 +101,44 @@ class KrylovBasis:
     @property
     def is_full(self) -> bool:
         """There is no room for another remainder, and one is to be expected."""
-        return len(self.rows) == len(self._Q) < self._n
+        return len(self.rows) == self.capacity < self._n
 
-    def add(self, v: Tensor) -> bool:
-        """Make what is new in the direction v [n] pending; False where nothing is, or where there is no room."""
-        length = float(norm(v))
-        if length == 0.0 or len(self.rows) == len(self._Q):
-            return False
-        _, rest, left = _orthogonalise(self.rows, v / length)
-        if left <= self._noise:
-            return False
-        self._append(rest, left)
-        return True
+    @property
+    def noise(self) -> float:
+        """Remainders below this are rounding: the space is invariant."""
+        return BREAKDOWN_EPS * self._eps * self.scale
 
-    def expand(self, row: int | None = None) -> float:
-        """Multiply the first pending direction, or that of `row`; the norm of what is new in the product.
+    def add(self, v: Tensor) -> Tensor | None:
+        """Take v [n] into the span of the rows.
 
-        The new part becomes the last pending direction, unless it is noise: then the space is invariant in that
-        direction, and `num_pending` has gone down by one.
+        Returns:
+            The coordinates [p] among the pending directions of what is new in v beside the multiplied ones; None
+            where nothing is, or where there is no room.
         """
+        length = float(norm(v))
+        if length == 0.0 or self.is_full:
+            return None
+        h, rest, left = _orthogonalise(self.rows, v / length)
+        direction = h[self.size :]
+        if len(self.rows) < self._n and left > BREAKDOWN_EPS * self._eps:
+            self._append(rest, left)
+            direction = torch.cat([direction, torch.tensor([left], dtype=torch.float64)])
+        if not bool((direction.abs() > BREAKDOWN_EPS * self._eps).any()):
+            return None
+        self.starts += 1
+        return direction
+
+    def expand(self, direction: Tensor | None = None) -> float:
+        """Multiply a pending direction and make what is new in the product pending; the norm of that.
+
+        If it is only noise it is dropped, and there is one pending direction less.
+
+        Args:
+            direction: Coordinates [p] among the pending directions; by default the first.
+        """
+        if direction is not None and self.num_pending > 1:
+            self._put_first(direction)
         j, m = self.size, len(self.rows)
-        if row is not None and row != j:
-            self._Q[[j, row]] = self._Q[[row, j]]
-            self._H[[j, row]] = self._H[[row, j]]
         h, rest, left = _orthogonalise(self.rows, self._product(self._Q[j]))
         if not bool(torch.isfinite(h).all()):
             raise ValueError(
@@ -131,7 +148,7 @@ class KrylovBasis:
         self._H[:m, j] = h
         self.scale = max(self.scale, float(torch.linalg.vector_norm(h)), left)
         self.size, self.num_pending = j + 1, self.num_pending - 1
-        if m < self._n and left > self._noise * self.scale:
+        if m < self._n and left > self.noise:
             self._append(rest, left)
             self._H[m, j] = left
         return left
@@ -143,7 +160,7 @@ class KrylovBasis:
         that they share (`LinearOperator.relative_error`).
         """
         H, j = self.coefficients, self.size
-        T = (H[:j] + H[:j].T) / 2
+        T = (H[:j] + H[:j].mT) / 2
         theta, S = torch.linalg.eigh(T)
         outside, inside = H[j:] @ S, (H[:j] - T) @ S
         return theta, S, (outside.square().sum(0) + inside.square().sum(0)).sqrt()
@@ -166,9 +183,16 @@ class KrylovBasis:
         self._H[k : k + p, :k] = coupling
         self.size, self.restarts = k, self.restarts + 1
 
-    @property
-    def _noise(self) -> float:
-        return BREAKDOWN_EPS * torch.finfo(self._op.dtype).eps
+    def _put_first(self, direction: Tensor) -> None:
+        """Reflect the pending directions so that `direction` [p] becomes the first."""
+        j, m = self.size, len(self.rows)
+        g = direction / torch.linalg.vector_norm(direction)
+        # Either sign of g will do. A negative first entry keeps the reflection w = e₁ − g free of cancellation.
+        w = torch.where(g[0] > 0, g, -g)
+        w[0] += 1.0
+        Z = torch.eye(m - j, dtype=torch.float64) - torch.outer(w, w) * (2.0 / w.dot(w))
+        rotate_(self._Q[j:m], Z)
+        self._H[j:m, :j] = Z @ self._H[j:m, :j]
 
     def _append(self, rest: Tensor, left: float) -> None:
         self._Q[len(self.rows)] = rest / left

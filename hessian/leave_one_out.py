@@ -22,10 +22,6 @@ class LeaveOneOut:
     samples: Tensor
     stderr: float
 
-    @property
-    def estimate(self) -> float:
-        return float(self.samples.mean())
-
 
 class Removed(NamedTuple):
     """What is left without some of the probes: the probes kept, and for each the sketch of the others.
@@ -63,8 +59,8 @@ class Gram:
         lengths: ‖ω_i‖² [k].
         relative_rounding: Of the vectors behind the inner products.
 
-    Source: Epperly, Tropp and Webber, XTrace: making the most of every sample in stochastic trace estimation, 2024,
-    sections 2.1 to 2.3.
+    Source: Epperly, Tropp and Webber, XTrace: Making the Most of Every Sample in Stochastic Trace Estimation, 2024, in
+    the variant with normalised test vectors.
     """
 
     n: int
@@ -95,7 +91,7 @@ class Gram:
         By the Efron-Stein inequality its square overstates the variance of the estimate from k − 1 probes on average.
         s/√k understates it, by up to a half where A decays, because the samples share probes.
 
-        Source: Epperly and Tropp, Efficient error and variance estimation for randomized matrix computations, 2024.
+        Source: Epperly and Tropp, Efficient Error and Variance Estimation for Randomized Matrix Computations, 2024.
         """
         k = self.R.shape[1]
         means = torch.stack([samples(self.without(i)).mean() for i in range(k)])

@@ -127,8 +127,8 @@ class ProbeMoments:
         op: The operator behind the products, for messages and dtype.
         entrywise: Also keep the variance of each entry of y.
 
-    Source: Hutchinson, A stochastic estimator of the trace of the influence matrix, 1990, for the variance; running
-    moments: Welford, 1962.
+    Source: Hutchinson, A Stochastic Estimator of the Trace of the Influence Matrix, 1990, for the variance; Welford,
+    Note on a Method for Calculating Corrected Sums of Squares and Products, 1962, for the running moments.
     """
 
     def __init__(self, op: LinearOperator, *, entrywise: bool = False) -> None:

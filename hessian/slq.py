@@ -153,6 +153,8 @@ def spectral_density(
             raise ValueError(f"`{name}` is {value}; ask for at least one")
     n, began = op.shape[0], time.perf_counter()
     exact = n <= max(num_steps, min(num_steps * num_probes, DENSE_LIMIT))
+    if num_steps == 1 and not exact:
+        raise ValueError(f"`num_steps` is 1; one node is no density of n = {n} eigenvalues: take 20 to 100 steps")
     with (
         plain_tensors(),
         tqdm(

@@ -241,7 +241,7 @@ def _conjugate_gradients(system: _System, r: Tensor) -> Iterator[_Step]:
         if curvature <= system.eps * scale:
             enough = system.damping + max(-curvature, 0.0)
             end = f"the curvature along a search direction is {curvature:.3g}, not positive"
-            end += f": take method='minres', or `damping` above {enough:.3g}"
+            end += f": take method='minres', or `damping` above {enough:.3g} at least"
             yield _Step(best.x, best.residual, NegativeCurvature(p / length, curvature), end)
             return
         x = x + (square / form) * p
@@ -261,7 +261,7 @@ def _minres(system: _System, r: Tensor) -> Iterator[_Step]:
     steps are needed. So as many steps again are allowed for φ to fall.
 
     Source: Choi, Paige and Saunders, MINRES-QLP: A Krylov Subspace Method for Indefinite or Singular Symmetric
-    Systems, 2011, table 2.1; curvature: Liu and Roosta 2022.
+    Systems, 2011; curvature: Liu and Roosta 2022.
     """
     phi = float(norm(r))
     v, v_before = r / phi, torch.zeros_like(r)

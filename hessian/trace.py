@@ -70,7 +70,7 @@ def trace(
 
     Source: Hutchinson, A Stochastic Estimator of the Trace of the Influence Matrix, 1990; Meyer, Musco, Musco and
     Woodruff, Hutch++: Optimal Stochastic Trace Estimation, 2021, algorithm 1; Epperly, Tropp and Webber, XTrace:
-    Making the Most of Every Sample in Stochastic Trace Estimation, 2024, section 2.
+    Making the Most of Every Sample in Stochastic Trace Estimation, 2024.
 
     >>> from sharpscope.hessian.operator import DiagonalOperator
     >>> float(trace(DiagonalOperator(torch.arange(1.0, 11.0)), num_probes=4))

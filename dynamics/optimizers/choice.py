@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from ...landscape.selection import near_names
@@ -27,12 +27,12 @@ def optimizer_class(name: str) -> type[Optimizer]:
     known = _known()
     lower = {key.lower(): key for key in known}
     if name.lower() == "sparseadam":
-        raise ValueError("`optimizer` is 'SparseAdam', which takes sparse gradients only; these models have none: use 'Adam'")
+        raise ValueError(
+            "`optimizer` is 'SparseAdam', which takes sparse gradients only; these models have none: use 'Adam'"
+        )
     if name.lower() not in lower:
         near = near_names(name.lower(), lower)
-        raise ValueError(
-            f"`optimizer` is {name!r}; near it: {near}; all: {', '.join(optimizer_names())}"
-        )
+        raise ValueError(f"`optimizer` is {name!r}; near it: {near}; all: {', '.join(optimizer_names())}")
     return known[lower[name.lower()]]
 
 
@@ -62,7 +62,7 @@ def make_optimizer(name: str, model: nn.Module, options: Mapping[str, Any]) -> O
             muon = chosen(matrices, **options)
             return CombinedOptimizer([muon, torch.optim.AdamW(others)]) if others else muon
         return chosen(parameters, **options)  # type: ignore[call-arg]
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, IndexError, AssertionError) as error:
         raise ValueError(f"{chosen.__name__} refuses `optimizer_options` {dict(options)}: {error}") from error
 
 
@@ -82,7 +82,7 @@ class CombinedOptimizer:
     def param_groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of each; `closure` is evaluated once, before them."""
         loss = None
         if closure is not None:

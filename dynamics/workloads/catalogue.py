@@ -123,11 +123,13 @@ _DATA = {
     "fashion-cnn": "a folder with the four idx files",
     "char-transformer": "a text file, 'kjv' or 'pydoc'",
 }
+# Rough, and often enough to see the spectrum change.
+DENSITY = "density:every=200,num_probes=3"
 _DEFAULTS = {
     "digits-mlp": Defaults(
         steps=4000,
         every=20,
-        measure=("loss", "gradient_norm", "sharpness", "stability_threshold", "density:2000"),
+        measure=("loss", "gradient_norm", "sharpness", "stability_threshold", DENSITY),
         lr={"SGD": 0.2},
     ),
     "digits-cnn": Defaults(steps=600, every=20, batch_size=128, num_measured=512, lr={"SGD": 0.05}),
@@ -140,7 +142,9 @@ WORKLOADS = tuple(_MAKERS)
 def defaults_of(name: str) -> Defaults:
     """The settings of a built-in workload."""
     if name not in _MAKERS:
-        raise ValueError(f"`workload` is {name!r}; choose one of {', '.join(WORKLOADS)} (near: {near_names(name, WORKLOADS)})")
+        raise ValueError(
+            f"`workload` is {name!r}; choose one of {', '.join(WORKLOADS)} (near: {near_names(name, WORKLOADS)})"
+        )
     return _DEFAULTS[name]
 
 

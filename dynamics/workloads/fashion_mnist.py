@@ -79,7 +79,9 @@ def _examples(arrays: dict[str, Tensor], part: str, folder: Path, num: int) -> E
             "they must be [N, 28, 28] and [N] with the same N > 0"
         )
     if int(labels.max()) > 9:
-        raise ValueError(f"the {part} labels in {folder} go up to {int(labels.max())}; this workload has ten classes, 0 to 9")
+        raise ValueError(
+            f"the {part} labels in {folder} go up to {int(labels.max())}; this workload has ten classes, 0 to 9"
+        )
     return Examples(((images[:num].float() / 255 - MEAN) / STD).unsqueeze(1), labels[:num].long())
 
 

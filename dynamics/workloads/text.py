@@ -98,7 +98,9 @@ def text_windows(
                 f"the {part} part of the text ({origin}) has {len(characters)} characters; "
                 f"it must have more than {length}: give a text of at least {round(12 * length, -2)}"
             )
-        wanted = num_to_train_on(num_examples, available, NUM_TRAIN) if part == "train" else min(NUM_HELD_OUT, available)
+        wanted = (
+            num_to_train_on(num_examples, available, NUM_TRAIN) if part == "train" else min(NUM_HELD_OUT, available)
+        )
         starts = torch.arange(wanted) * (available // wanted) * length
         windows = characters[starts.unsqueeze(1) + torch.arange(length + 1)]  # [N, T + 1]
         cut[part] = Examples(windows[:, :-1].clone(), windows[:, 1:].clone())

@@ -1,7 +1,6 @@
 import os
 
 import pytest
-
 from sharpscope.dynamics.atomic_files import write_atomically
 
 

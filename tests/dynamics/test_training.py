@@ -2,12 +2,11 @@ import json
 
 import pytest
 import torch
-from torch import nn
-
 from sharpscope.dynamics.training import TrainingDiverged, train
 from sharpscope.dynamics.training_options import TrainingOptions
 from sharpscope.dynamics.trajectory import Trajectory
 from sharpscope.dynamics.workloads import workload
+from torch import nn
 
 SMALL = {
     "num_examples": 60,
@@ -138,7 +137,14 @@ def interrupted(monkeypatch, folder, step, **options):
     [
         SMALL | {"measure": ["loss", "sharpness", DENSITY]},
         SMALL | {"optimizer": "SGD", "momentum": 0.9, "lr": 0.05, "measure": ["sharpness:2", "update_curvature:3"]},
-        SMALL | {"name": "digits-cnn", "optimizer": "adamw", "batch_size": 7, "num_measured": 20, "measure": ["sharpness"]},
+        SMALL
+        | {
+            "workload": "digits-cnn",
+            "optimizer": "adamw",
+            "batch_size": 7,
+            "num_measured": 20,
+            "measure": ["sharpness"],
+        },
         SMALL | {"optimizer": "LBFGS", "optimizer_options": {"max_iter": 3, "lr": 0.1}, "measure": "sharpness"},
         SMALL | {"optimizer": "Muon", "measure": "sharpness"},
     ],
@@ -262,7 +268,7 @@ def test_divergence_is_an_error_that_keeps_what_was_measured(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "digit-mlp"}, "`workload` is 'digit-mlp'.*near: 'digits-mlp'"),
+        ({"workload": "digit-mlp"}, "`workload` is 'digit-mlp'.*near: 'digits-mlp'"),
         ({"optimizer": "Adamm"}, "`optimizer` is 'Adamm'; near it: 'adam"),
         ({"optimizer": "SparseAdam"}, "takes sparse gradients only"),
         ({"optimizer_options": {"momentun": 1}}, "'momentun', which SGD does not take .*near: 'momentum'"),

@@ -4,12 +4,13 @@ import sys
 import matplotlib
 import matplotlib.pyplot as plt
 import pytest
+from matplotlib.colors import to_rgb
 from sharpscope.figures.style import COLORS, DASHES, SETTINGS, canvas, plain_or_power, save, style
 
 
 def luminance(color: str) -> float:
     """Relative luminance of the WCAG: what remains in a grey print."""
-    r, g, b = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in matplotlib.colors.to_rgb(color))
+    r, g, b = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in to_rgb(color))
     return 0.2126 * r + 0.7152 * g + 0.0722 * b
 
 

@@ -216,6 +216,12 @@ def test_one_step_and_many_steps(make_run):
     assert all(line.get_marker() in ("", "None", "none", None) for line in many.lines)
 
 
+def test_a_threshold_that_was_never_finite_is_left_out(make_run):
+    ax = sharpness_trajectory(make_run(rows=lambda s: [Row("sharpness", 1.0), Row("stability_threshold", math.inf)]))
+    assert not texts(ax)
+    assert not [line for line in ax.lines if str(line.get_gid()).startswith("threshold")]
+
+
 @pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
 def test_saving(run, tmp_path, ending):
     path = tmp_path / f"sharpness.{ending}"

@@ -77,7 +77,7 @@ def test_hutchinson_errs_by_its_closed_form_and_falls_as_the_root_of_the_product
 
 @pytest.mark.parametrize(("method", "gain"), [("hutch++", 4), ("xtrace", 15)])
 def test_sketches_pay_where_eigenvalues_decay(method, gain):
-    """With 40 products the sketches have 13 and 20 directions, beyond which 0.8¹³ = 0.055 and 0.8²⁰ = 0.012 are left."""
+    """With 40 products the sketches have 13 and 20 directions, after which 0.8¹³ = 0.055 and 0.8²⁰ = 0.012 is left."""
     A = symmetric(SPECTRA["decaying"])
     plain, _ = errors_and_stderrs(A, num_seeds=30, method="hutchinson", num_probes=40)
     errors, _ = errors_and_stderrs(A, num_seeds=30, method=method, num_probes=40)

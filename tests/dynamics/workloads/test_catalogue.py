@@ -1,9 +1,8 @@
 import pytest
 import torch
-from torch import nn
-
 from sharpscope.dynamics.workloads import WORKLOADS, HalfSquaredError, workload
 from sharpscope.dynamics.workloads.fashion_mnist import PACKAGE_FOLDER
+from torch import nn
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
 import pytest
 import torch
-from sklearn.datasets import load_digits
-
 from sharpscope.dynamics.workloads.digits import digits
+from sklearn.datasets import load_digits
 
 
 def test_train_and_held_out_are_the_whole_of_the_digits():

@@ -4,7 +4,6 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-
 from sharpscope.dynamics.workloads import fashion_mnist as module
 from sharpscope.dynamics.workloads.fashion_mnist import fashion_mnist, parse_idx
 

@@ -1,20 +1,24 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from sharpscope.dynamics.workloads.models import CharTransformer, digits_cnn, digits_mlp, fashion_cnn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sharpscope.dynamics.workloads.models import CharTransformer, digits_cnn, digits_mlp, fashion_cnn
 
-
-@pytest.mark.parametrize(
-    ("make", "shape"), [(digits_mlp, (64,)), (digits_cnn, (64,)), (fashion_cnn, (1, 28, 28))]
-)
+@pytest.mark.parametrize(("make", "shape"), [(digits_mlp, (64,)), (digits_cnn, (64,)), (fashion_cnn, (1, 28, 28))])
 def test_classifiers_give_ten_outputs(make, shape):
     assert make()(torch.randn(5, *shape)).shape == (5, 10)
 
 
 def test_the_network_of_the_main_job_is_64_100_100_10():
-    assert [tuple(p.shape) for p in digits_mlp().parameters()] == [(100, 64), (100,), (100, 100), (100,), (10, 100), (10,)]
+    assert [tuple(p.shape) for p in digits_mlp().parameters()] == [
+        (100, 64),
+        (100,),
+        (100, 100),
+        (100,),
+        (10, 100),
+        (10,),
+    ]
 
 
 @pytest.fixture

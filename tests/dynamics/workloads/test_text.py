@@ -2,7 +2,6 @@ import shutil
 
 import pytest
 import torch
-
 from sharpscope.dynamics.workloads import text as module
 from sharpscope.dynamics.workloads.text import text, text_windows
 

@@ -52,6 +52,7 @@ class HalfSquares(nn.Module):
     """½ Σ d w² of a prediction w [1, n]: a loss with the Hessian diag(d)."""
 
     reduction = "mean"
+    d: Tensor
 
     def __init__(self, d: Tensor) -> None:
         super().__init__()

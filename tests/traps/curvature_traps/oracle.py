@@ -20,7 +20,7 @@ def _double(problem: Problem) -> tuple[nn.Module, list[Tensor], Any, Any]:
         with torch.no_grad():
             for mine, live in zip(model.parameters(), problem.model.parameters(), strict=True):
                 mine.copy_(live)
-    parameters = [p for p, flag in zip(model.parameters(), wanted, strict=True) if flag]
+    parameters: list[Tensor] = [p for p, flag in zip(model.parameters(), wanted, strict=True) if flag]
     for p in parameters:
         p.requires_grad_()
     inputs, targets = problem.split(problem.whole)

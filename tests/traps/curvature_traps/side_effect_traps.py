@@ -53,7 +53,7 @@ class Snapshot:
             flags={name: p.requires_grad for name, p in named.items()},
             attributes={name: sorted(module.__dict__) for name, module in modules.items()},
             random_streams={
-                "torch": _frozen(torch.get_rng_state())[1],
+                "torch": torch.get_rng_state().tolist(),
                 "NumPy": repr(np.random.get_state()),
                 "Python": random.getstate(),
             },
@@ -144,10 +144,11 @@ def buffers_left_alone(tool: Adapter) -> str:
 def modes_left_alone(tool: Adapter) -> str:
     """A model in train mode with one part in eval mode stays so."""
     body = mlp()
-    model = nn.Sequential(body[0], body[1], nn.Sequential(nn.Dropout(0.0), body[2]))
+    part = nn.Sequential(nn.Dropout(0.0), body[2])
+    model = nn.Sequential(body[0], body[1], part)
     problem = classification(model)
     model.train()
-    model[2].eval()
+    part.eval()
     return _unchanged(tool, problem, "modes")
 
 
@@ -157,8 +158,8 @@ def hooks_and_flags_left_alone(tool: Adapter) -> str:
     model = mlp()
     model[0].register_forward_hook(lambda *_: None)
     model[2].register_forward_pre_hook(lambda *_: None)
-    model[2].bias.register_hook(lambda g: None)
-    model[0].bias.requires_grad_(False)
+    next(model[2].parameters()).register_hook(lambda g: None)
+    next(model[0].parameters()).requires_grad_(False)
     problem = classification(model)
     return _unchanged(tool, problem, "hooks", "flags", "attributes", "weights", "switches")
 
@@ -173,7 +174,8 @@ class _Failing(nn.Module):
     def __init__(self, fail_at: int) -> None:
         super().__init__()
         torch.manual_seed(15)
-        self.body = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.0), nn.Linear(5, 3))
+        self.first, self.norm = nn.Linear(4, 5), nn.BatchNorm1d(5)
+        self.dropout, self.last = nn.Dropout(0.0), nn.Linear(5, 3)
         self.countdown = [fail_at]
 
     def _count(self, _: Tensor | None = None) -> None:
@@ -182,12 +184,12 @@ class _Failing(nn.Module):
             raise Interrupted("the model failed in the middle of a pass")
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.body[1](self.body[0](x))
+        hidden = self.norm(self.first(x))
         self._count()
         # Tensors inside functional transforms take no hooks.
-        if hidden.requires_grad and not torch._C._functorch.is_functorch_wrapped_tensor(hidden):
+        if hidden.requires_grad and not torch._C._functorch.is_functorch_wrapped_tensor(hidden):  # type: ignore[attr-defined]
             hidden.register_hook(self._count)
-        return self.body[3](self.body[2](torch.tanh(hidden)))
+        return self.last(self.dropout(torch.tanh(hidden)))
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -198,10 +200,11 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _interrupted(tool: Adapter, fail_at: int) -> tuple[bool, list[str]]:
     """Whether the model failed at that pass of one product, and what differs afterwards."""
-    problem = classification(_Failing(fail_at), batches=cut(labelled(), (40, 30)))
-    problem.model.train()
-    problem.model.body[1].eval()
-    before = Snapshot.of(problem.model)
+    model = _Failing(fail_at)
+    problem = classification(model, batches=cut(labelled(), (40, 30)))
+    model.train()
+    model.norm.eval()
+    before = Snapshot.of(model)
     failed = False
     try:
         tool.product(tool.hessian(problem), torch.ones(problem.num_parameters))
@@ -209,9 +212,9 @@ def _interrupted(tool: Adapter, fail_at: int) -> tuple[bool, list[str]]:
         failed = True
         if not any(isinstance(e, Interrupted) for e in _chain(error)):
             raise
-    if not failed and problem.model.countdown[0] <= 0:
+    if not failed and model.countdown[0] <= 0:
         raise WrongAnswer(f"the error of pass {fail_at} was swallowed")
-    return failed, before.changes(Snapshot.of(problem.model))
+    return failed, before.changes(Snapshot.of(model))
 
 
 @trap("failure inside a product", "side effects")
