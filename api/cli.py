@@ -218,7 +218,9 @@ def doctor_command(
     workload: Annotated[
         str, typer.Option("--workload", "-w", help="Built-in workload to test when no --model is given.")
     ] = "digits-mlp",
-    mode: Annotated[str, typer.Option(help="eval, train or keep: the mode in which your model is evaluated.")] = "eval",
+    mode: Annotated[
+        str | None, typer.Option(help="eval (default), train or keep: the mode in which your model is evaluated.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the random directions.")] = 0,
 ) -> None:
     """Test whether the curvature of your model can be trusted here, and say what is peculiar about it.
@@ -229,16 +231,17 @@ def doctor_command(
     from .dynamics.subject import subject
     from .dynamics.workloads import workload as built_in
 
+    options = {} if mode is None else {"mode": mode}
     if model is None:
         if data is not None or criterion is not None or loss is not None:
             raise ValueError("`--model` is missing; --data, --criterion and --loss describe a model of your own")
         job = built_in(workload)
-        objective = job.objective(mode=mode)
+        objective = job.objective(**options)
         title = f"doctor: {workload}, {job.source}"
     else:
         if data is None:
             raise ValueError("`--data` is missing: the loss of your model is measured on it")
-        objective = subject(model, data, criterion=criterion, loss=loss, mode=mode)
+        objective = subject(model, data, criterion=criterion, loss=loss, **options)
         title = f"doctor: {model}"
     diagnosis = doctor(objective, seed=seed)
     show(title, ("check", "outcome", "found"), ((c.name, c.outcome, c.found) for c in diagnosis.checks))

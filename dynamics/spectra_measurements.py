@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Literal
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ class Sharpness:
     Args:
         every: Period in steps.
         num: How many, at most n.
-        which: "LA" largest, "SA" smallest, "LM" largest in absolute value, as for `top_eigenvalues`.
+        which: "LA" largest, "SA" smallest, "LM" largest in absolute value, "BE" both ends; see `top_eigenvalues`.
         tol: Residual over |λ|max at which an eigenvalue counts as converged.
         max_products: Budget of a point; what is not converged then is marked so.
         verify: As for `top_eigenvalues`. False with tol=1e-2 is the cheapest way to follow a slow spectrum, some three
@@ -37,7 +37,7 @@ class Sharpness:
 
     every: int | None = None
     num: int = 1
-    which: str = "LA"
+    which: Literal["LA", "SA", "LM", "BE"] = "LA"
     tol: float = 1e-3
     _: KW_ONLY
     max_products: int | None = None
@@ -50,7 +50,7 @@ class Sharpness:
         pairs = top_eigenvalues(
             point.hessian(),
             self.num,
-            which=self.which,  # type: ignore[arg-type]
+            which=self.which,
             tol=self.tol,
             max_products=self.max_products,
             start=_previous_vectors(point),
@@ -60,15 +60,15 @@ class Sharpness:
         point.state["vectors"] = pairs.vectors
         arrays = {"vectors": pairs.vectors} if self.keep_vectors else None
         for i, (value, residual) in enumerate(zip(pairs.values.tolist(), pairs.residuals.tolist(), strict=True)):
-            costs: dict[str, Any] = {"products": pairs.products, "seconds": pairs.seconds} if i == 0 else {}
             yield Row(
                 self.name,
                 value,
                 residual,
                 index=i,
                 converged=pairs.converged,
+                products=pairs.products if i == 0 else 0,
+                seconds=pairs.seconds if i == 0 else 0.0,
                 arrays=arrays if i == 0 else None,
-                **costs,
             )
 
 
@@ -76,7 +76,7 @@ class Sharpness:
 class BottomEigenvalue(Sharpness):
     """Smallest eigenvalues of the Hessian, most negative first; otherwise as `Sharpness`."""
 
-    which: str = "SA"
+    which: Literal["LA", "SA", "LM", "BE"] = "SA"
     _: KW_ONLY
     name: str = "bottom_eigenvalue"
 
@@ -103,7 +103,7 @@ class Trace:
     name: str = "trace"
 
     def measure(self, point: Point) -> Iterator[Row]:
-        result = trace(point.hessian(), method=self.method, num_probes=self.num_probes, seed=self.seed)  # type: ignore[arg-type]
+        result = trace(point.hessian(), method=self.method, num_probes=self.num_probes, seed=self.seed)
         yield Row(self.name, result.estimate, result.stderr, converged=result.converged, products=result.products)
 
 

@@ -45,7 +45,7 @@ def density(
     ax: Axes | None = None,
     *,
     step: int | None = None,
-    eigenvalues: EigenPairs | Sequence[float] | None = None,
+    eigenvalues: EigenPairs | Sequence[float] | np.ndarray | torch.Tensor | None = None,
     sigma: float | None = None,
     label: str | None = None,
 ) -> Axes:
@@ -70,7 +70,7 @@ def density(
     elif isinstance(source, SpectralDensity):
         if step is not None:
             raise ValueError(f"`step` is {step}, but `source` is one SpectralDensity; leave `step` out")
-        spectrum, ticks = source, _ticks(eigenvalues or ())
+        spectrum, ticks = source, _ticks(() if eigenvalues is None else eigenvalues)
     else:
         raise TypeError(f"`source` is a {type(source).__name__}; pass a SpectralDensity or a Trajectory")
     width = spectrum.default_sigma() if sigma is None else sigma
@@ -86,10 +86,8 @@ def density(
         ax.plot(x, above, color=color, linestyle=dash, linewidth=1.3, gid=gid, label=label or "_")
         ax.fill_between(x, floor * 1e-3, np.nan_to_num(above), color=color, alpha=0.08, linewidth=0, zorder=0.5)
         if np.isfinite(band).all() and (band > 0).any():
-            lower = np.clip(heights - band, floor * 1e-3, None)
-            ax.fill_between(
-                *(x, lower, heights + band), color=color, alpha=BAND_ALPHA, linewidth=0, gid=f"{gid}-band", label="_"
-            )
+            lower, upper = np.clip(heights - band, floor * 1e-3, None), heights + band
+            ax.fill_between(x, lower, upper, color=color, alpha=BAND_ALPHA, linewidth=0, gid=f"{gid}-band")
         _draw_ticks(ax, ticks, VERMILION if look == 0 else color, f"eigenvalues-{look}")
         top = max(float(np.nanmax(heights + np.where(np.isfinite(band), band, 0))), floor)
         if look:
@@ -195,7 +193,7 @@ def _floor(spectrum: SpectralDensity, sigma: float) -> float:
     return max(lowest / UNDER_LOWEST_PEAK, DEEPEST * float(at_nodes.max()))
 
 
-def _ticks(eigenvalues: EigenPairs | Sequence[float]) -> Ticks:
+def _ticks(eigenvalues: EigenPairs | Sequence[float] | np.ndarray | torch.Tensor) -> Ticks:
     if isinstance(eigenvalues, EigenPairs):
         values, errors = (t.detach().cpu().double().numpy() for t in (eigenvalues.values, eigenvalues.residuals))
         sure = errors <= eigenvalues.tol * np.abs(values).max(initial=0)  # of those that others held back
@@ -220,7 +218,9 @@ def _draw_ticks(ax: Axes, ticks: Ticks, color: str, gid: str) -> None:
         x, errors = ticks.values[ticks.converged == sure], ticks.errors[ticks.converged == sure]
         if len(x):
             dots = ax.errorbar(
-                *(x, np.full(len(x), 0.05), None, errors),
+                x,
+                np.full(len(x), 0.05),
+                xerr=errors,
                 transform=place,
                 color=color,
                 elinewidth=0.8,

@@ -84,7 +84,7 @@ def sharpness_trajectory(
     threshold = curve(table, "stability_threshold")
     losses = curve(table, "loss") if loss else None
     with canvas(ax, (5.6, 4.4 if losses is not None else 3.2)) as ax:
-        run = sum(_gid(line).endswith("-1") for line in _drawn(ax, "sharpness"))
+        run = len({_gid(line).split("-")[1] for line in _drawn(ax, "sharpness")})
         alone = run == 0 and label is None
         own = None if alone else COLORS[run % len(COLORS)]
         for index, one in curves.items():
@@ -223,7 +223,8 @@ def _loss_axes(ax: Axes) -> Axes:
 def _loss(ax: Axes, losses: Curve, run: int, color: str | None) -> None:
     color = color or INK
     ax.plot(
-        *(losses.steps, losses.values),
+        losses.steps,
+        losses.values,
         color=color,
         linestyle=DASHES[run % len(DASHES)],
         linewidth=1.2,

@@ -18,7 +18,7 @@ from ..kernels.accurate import norm
 from .estimate import NotConvergedWarning
 from .lanczos import KrylovBasis, checked_vector, plain_tensors
 from .operator import LinearOperator
-from .ritz_search import EXHAUSTIVE, PROOF_ROWS, Ends, RitzSearch
+from .ritz_search import EXHAUSTIVE, PROOF_ROWS, Ends, RitzPairs, RitzSearch
 
 WHICH = {
     "LA": "largest",
@@ -135,17 +135,16 @@ def top_eigenvalues(
         )
         verified = search.run()
         found = search.pairs()
-        order = found.theta.argsort() if which == "BE" else torch.arange(num)
+        order = found.theta[:num].argsort() if which == "BE" else torch.arange(num)
         vectors = krylov.vectors(found.S[:, order])  # [num, n]
         for v in vectors:
             v /= norm(v)
         residuals = (found.residuals + found.floor)[order]
-        gaps = found.gaps[order] - found.floor
         pairs = EigenPairs(
             values=found.theta[order],
             vectors=vectors.mT,
             residuals=residuals,
-            value_bounds=torch.where(gaps > residuals, residuals.square() / gaps, residuals),
+            value_bounds=_value_bounds(found)[order],
             converged=bool((residuals <= tol * found.scale).all()),
             verified=verified,
             products=krylov.products,
@@ -240,6 +239,18 @@ def _sum_of_columns(op: LinearOperator, start: Tensor) -> Tensor:
             raise ValueError("`start` is zero, or has a zero column; leave it out to start from the gradient and noise")
         total += column / length
     return total
+
+
+def _value_bounds(found: RitzPairs) -> Tensor:
+    """residual² / gap [num], where the other Ritz intervals leave a gap wider than the residual; else the residual.
+
+    Source: Parlett, The Symmetric Eigenvalue Problem, theorem 11.7.1 (Kato and Temple).
+    """
+    wanted, residuals = torch.arange(found.num), found.residuals + found.floor
+    gaps = (found.theta[wanted, None] - found.theta).abs() - residuals  # [num, j]
+    gaps[wanted, wanted] = math.inf
+    gap, residual = gaps.amin(dim=1), residuals[wanted]
+    return torch.where(gap > residual, residual.square() / gap, residual)
 
 
 def _warn(pairs: EigenPairs, scale: float, floor: float) -> None:

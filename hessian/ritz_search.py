@@ -5,15 +5,14 @@ Sizes: n parameters, j directions multiplied by A, m rows of the basis (see `Kry
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
 from torch import Tensor
 
-from .exclusion import coupling_strength, excludes, tridiagonal, upper_bound
+from .exclusion import RandomRun, lift
 from .lanczos import KrylovBasis
 
 # Up to this many directions for each wanted pair, go through the whole space: it costs little more and misses nothing.
@@ -65,38 +64,38 @@ class Ends:
 
 @dataclass(frozen=True)
 class RitzPairs:
-    """The wanted pairs as a basis gives them.
+    """All j Ritz pairs of a basis, the `num` wanted ones first.
 
     Attributes:
-        theta: Values [num], the most wanted first.
-        S: Coordinates in the basis [j, num].
-        residuals: ‖A v − θ v‖ [num], without the floor.
-        gaps: Distance from each θ to the nearest interval θ' ± residual of another Ritz pair [num]; may be negative.
-        scale: Largest |θ| of all Ritz values, the yardstick of `tol`.
+        theta: Values [j].
+        S: Coordinates in the basis [j, j].
+        residuals: ‖A v − θ v‖ [j], without the floor.
+        coupling: A v in the pending directions [p, j].
+        num: Number of wanted ones.
+        scale: Largest |θ|, the yardstick of `tol`.
         floor: What rounding and the error of the products may add to a residual.
     """
 
     theta: Tensor
     S: Tensor
     residuals: Tensor
-    gaps: Tensor
+    coupling: Tensor
+    num: int
     scale: float
     floor: float
+
+    def goal(self, tol: float) -> float:
+        """Residual to stop at: tol · scale without the floor, or well under the floor where `tol` is out of reach."""
+        return max(tol * self.scale - self.floor, FLOOR_SHARE * self.floor)
+
+    def have_converged(self, tol: float) -> bool:
+        return len(self.theta) >= self.num and bool((self.residuals[: self.num] <= self.goal(tol)).all())
 
 
 class Outcome(Enum):
     PROVED = "nothing is hidden"
     MISSED = "something wanted turned up"
     OPEN = "the budget or the basis ended first"
-
-
-@dataclass
-class Probe:
-    """A Lanczos run in the complement of the main directions: its rows, diagonal and remainders (0 at its end)."""
-
-    rows: list[int] = field(default_factory=list)
-    alpha: list[float] = field(default_factory=list)
-    beta: list[float] = field(default_factory=list)
 
 
 class RitzSearch:
@@ -144,65 +143,57 @@ class RitzSearch:
         return self.krylov.size == self._n
 
     def pairs(self) -> RitzPairs:
-        """The wanted pairs from Rayleigh-Ritz over everything multiplied so far."""
+        """Rayleigh-Ritz over everything multiplied so far."""
         theta, S, residuals = self.krylov.ritz()
-        wanted = self._ends.order(theta)[: self._ends.num]
-        apart = (theta[wanted, None] - theta).abs() - residuals  # [num, j]
-        apart[torch.arange(len(wanted)), wanted] = math.inf
+        order = self._ends.order(theta)
         scale = float(theta.abs().max())
         rounding = BASIS_EPS * torch.finfo(self.krylov.rows.dtype).eps * (1 + self.krylov.restarts)
-        floor = (self._relative_error + rounding) * scale
-        return RitzPairs(theta[wanted], S[:, wanted], residuals[wanted], apart.amin(1), scale, floor)
+        return RitzPairs(
+            theta=theta[order],
+            S=S[:, order],
+            residuals=residuals[order],
+            coupling=self.krylov.coefficients[self.krylov.size :] @ S[:, order],
+            num=self._ends.num,
+            scale=scale,
+            floor=(self._relative_error + rounding) * scale,
+        )
 
     def _solve(self) -> bool:
-        """Grow until every wanted residual is small enough; False if the budget ended first."""
-        krylov = self.krylov
+        """Grow until every wanted residual is small enough; False if the budget or the basis ended first."""
+        krylov, direction = self.krylov, None
         while krylov.size < self._n:
-            pairs = self.pairs() if krylov.size >= self._ends.num else None
-            if pairs is not None and self._is_settled(pairs):
-                return True
+            if krylov.size:
+                pairs = self.pairs()
+                if self._is_settled(pairs):
+                    return True
+                direction = pairs.coupling[:, pairs.residuals[: pairs.num].argmax()]
             if self._exhausted():
                 return False
-            if self._make_room(1):
-                pairs = self.pairs()
-            if krylov.is_full:
-                return False
+            self._make_room(1)
             # Where the space became invariant too soon, go on in a direction that it knows nothing of.
-            if not krylov.num_pending and krylov.add(self._draw()) is None:
-                return True
-            krylov.expand(self._worst_residual(pairs))
+            if not krylov.num_pending:
+                direction = krylov.add(self._draw())
+            if krylov.is_full or not krylov.num_pending:
+                return False
+            krylov.expand(direction)
         return True
 
     def _is_settled(self, pairs: RitzPairs) -> bool:
-        if self._exhaustive or bool((pairs.residuals > self._goal(pairs)).any()):
+        if self._exhaustive or not pairs.have_converged(self._tol):
             return False
-        return not self._verify or self._ends.num > 1 or self._proved_by_own_run(pairs, unable=True)
+        return not self._verify or pairs.num > 1 or self._proved_by_own_run(pairs, unable=True)
 
-    def _goal(self, pairs: RitzPairs) -> float:
-        """Residual to stop at: tol · scale without the floor, or well under the floor where `tol` is out of reach."""
-        return max(self._tol * pairs.scale - pairs.floor, FLOOR_SHARE * pairs.floor)
-
-    def _worst_residual(self, pairs: RitzPairs | None) -> Tensor | None:
-        """The residual of the least converged wanted pair, in the pending directions [p]."""
-        if pairs is None or self.krylov.num_pending == 1:
-            return None
-        residuals = self.krylov.coefficients[self.krylov.size :] @ pairs.S  # [p, num]
-        return residuals[:, pairs.residuals.argmax()]
-
-    def _make_room(self, free: int) -> bool:
-        """Thick restart if fewer than `free` rows are left; whether it was done."""
+    def _make_room(self, free: int) -> None:
+        """Thick restart if fewer than `free` rows are left."""
         krylov, num = self.krylov, self._ends.num
         j, p, capacity = krylov.size, krylov.num_pending, krylov.capacity
         if capacity == self._n or j + p + free <= capacity:
-            return False
+            return
         keep = num + max(2, int(KEPT_SHARE * (j - num))) if free == 1 else max(num + 2, capacity - p - free)
         keep = min(keep, capacity - p - 2)
-        if keep >= j:
-            return False
-        theta, S, _ = krylov.ritz()
-        kept = self._ends.order(theta)[:keep]
-        krylov.restart(theta[kept], S[:, kept])
-        return True
+        if num <= keep < j:
+            pairs = self.pairs()
+            krylov.restart(pairs.theta[:keep], pairs.S[:, :keep])
 
     def _proved_by_own_run(self, pairs: RitzPairs, *, unable: bool = False) -> bool:
         """For a single pair: the run that found it excludes, by the random part of its start, all further out.
@@ -213,74 +204,67 @@ class RitzSearch:
         if krylov.restarts or krylov.starts > 1:
             return unable
         H, j = krylov.coefficients, krylov.size
-        alpha, beta = H[:j].diagonal().tolist(), H.diagonal(-1).tolist()
-        beta += [0.0] * (j - len(beta))
+        remainders = H.diagonal(-1).tolist()
+        remainders += [0.0] * (j - len(remainders))
         needed = self._n / (SINGLE_DOUBT * self._random_share) ** 2
+        run = RandomRun(needed, H.diagonal().tolist(), remainders)
         margin = max(self._tol, SINGLE_MARGIN) * pairs.scale
         return all(
-            excludes([sign * a for a in alpha], beta, edge + margin, needed)
-            for sign, edge in self._ends.edges(pairs.theta)
+            (run if sign > 0 else run.mirrored()).excludes(edge + margin)
+            for sign, edge in self._ends.edges(pairs.theta[:1])
         )
 
     def _probe(self) -> Outcome:
-        """Lanczos in the complement of the main directions from a random start, until that holds nothing wanted.
+        """Lanczos in the complement of the basis from a random start, until that is shown to hold nothing wanted.
 
-        The pending directions couple the two: an eigenvector may lie half in each and show in neither. So both are
-        grown until the coupling cannot lift any eigenvalue over the edge.
+        The run bounds the spectrum of the complement. The pending directions couple it to the basis, and an
+        eigenvector may lie half in each and show in neither: so the basis is grown too, until the coupling cannot lift
+        any eigenvalue over the edge.
         """
         krylov = self.krylov
         self._make_room(PROOF_ROWS)
-        direction = krylov.add(self._draw())
-        probe = Probe()
-        to_probe = True
+        run = RandomRun(self._n / DOUBT**2)
+        direction, in_run, last = krylov.add(self._draw()), True, 0
         while direction is not None and not krylov.is_full and not self._exhausted():
-            j = krylov.size
             krylov.expand(direction)
-            if to_probe:
-                remainder = float(torch.linalg.vector_norm(krylov.coefficients[j + 1 :, j]))
-                probe.rows.append(j)
-                probe.alpha.append(float(krylov.coefficients[j, j]))
-                probe.beta.append(remainder if remainder > krylov.noise else 0.0)
+            if in_run:
+                last = krylov.size - 1
+                remainder = float(torch.linalg.vector_norm(krylov.coefficients[last + 1 :, last]))
+                run.alpha.append(float(krylov.coefficients[last, last]))
+                run.beta.append(remainder if remainder > krylov.noise else 0.0)
             pairs = self.pairs()
-            if bool((pairs.residuals > self._goal(pairs)).any()):
+            if not pairs.have_converged(self._tol):
                 return Outcome.MISSED
-            step = self._judge(probe, max(self._tol, MARGIN) * pairs.scale + pairs.floor)
+            step = self._judge(run, pairs, following=krylov.coefficients[krylov.size :, last])
             if isinstance(step, Outcome):
                 return step
-            direction, to_probe = step
+            direction, in_run = step
         return Outcome.OPEN
 
-    def _judge(self, probe: Probe, margin: float) -> Outcome | tuple[Tensor | None, bool]:
-        """What the probe shows so far; or the pending direction [p] to multiply next, and whether it is the probe's."""
-        krylov, num = self.krylov, self._ends.num
-        j, H = krylov.size, krylov.coefficients
-        main = torch.tensor([i for i in range(j) if i not in probe.rows])
-        outside = torch.tensor([*probe.rows, *range(j, len(H))])
-        T = H[main][:, main]
-        theta, S = torch.linalg.eigh((T + T.mT) / 2)
-        order = self._ends.order(theta)
-        wanted, others = theta[order[:num]], theta[order[num:]]
-        coupling = H[:, main] @ S[:, order[num:]]  # [m, others]
-        hidden = torch.linalg.eigvalsh(tridiagonal(probe.alpha, probe.beta))
-        strongest, to_probe = None, False
-        for sign, edge in self._ends.edges(wanted):
-            limit = edge + margin
-            top = float((sign * hidden).max())
+    def _judge(self, run: RandomRun, pairs: RitzPairs, *, following: Tensor) -> Outcome | tuple[Tensor, bool]:
+        """What the run shows so far; or the pending direction [p] to multiply next, and whether it continues the run.
+
+        The run continues in the direction `following` [p].
+        """
+        others, coupling = pairs.theta[pairs.num :], pairs.coupling[:, pairs.num :]
+        obstacle, run_on = None, False
+        for sign, edge in self._ends.edges(pairs.theta[: pairs.num]):
+            side = run if sign > 0 else run.mirrored()
+            limit, top = edge + max(self._tol, MARGIN) * pairs.scale + pairs.floor, side.top()
             if top > limit:
                 return Outcome.MISSED
-            bound = upper_bound([sign * a for a in probe.alpha], probe.beta, limit, self._n / DOUBT**2)
-            lift = coupling_strength(sign * others, coupling[outside], limit)
-            if bound is None or lift > limit - bound:
-                weighted = coupling[j:] / (limit - sign * others).sqrt()  # [p, others]
-                strongest = weighted[:, weighted.norm(dim=0).argmax()] if len(others) else torch.zeros(len(H) - j)
-                to_probe |= bound is None or lift <= (limit - top) / 2
-        if strongest is None:
+            bound, lifted = side.upper_bound(limit), lift(sign * others, coupling, limit)
+            if bound is None or lifted > limit - bound:
+                # A longer run lowers the bound, at best to its top Ritz value.
+                run_on |= bound is None or lifted <= limit - top
+                weighted = coupling / (limit - sign * others).sqrt()
+                obstacle = weighted[:, weighted.norm(dim=0).argmax()] if len(others) else following
+        if obstacle is None:
             return Outcome.PROVED
-        following = H[j:, probe.rows[-1]]
-        if probe.beta[-1] > 0:
-            # A main direction must leave the probe's next one alone, or that would no longer be a Lanczos run.
-            rest = strongest - following * (following.dot(strongest) / following.dot(following))
-            if to_probe or float(rest.norm()) <= PARALLEL * float(strongest.norm()):
-                return following, True
-            strongest = rest
-        return (strongest if bool(strongest.any()) else None), False
+        if run.has_ended:
+            return (obstacle, False) if bool(obstacle.any()) else Outcome.OPEN
+        # A direction across the next one of the run leaves it a Lanczos run, in a smaller complement.
+        across = obstacle - following * (following.dot(obstacle) / following.dot(following))
+        if run_on or across.norm() < 0.5 * obstacle.norm():
+            return following, True
+        return across, False

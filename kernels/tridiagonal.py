@@ -26,7 +26,7 @@ def tridiagonal_quadrature(alpha: Tensor, beta: Tensor, lengths: Tensor | None =
         )
     # A CPU, always: the matrices are tiny, and torch's batched eigh on CUDA is slow beyond 32 rows.
     a = alpha.detach().to("cpu", torch.float64).reshape(-1, k)
-    b = beta.detach().to("cpu", torch.float64).reshape(-1, k - 1)
+    b = beta.detach().to("cpu", torch.float64).reshape(len(a), k - 1)
     sizes = _checked_lengths(lengths, alpha)
     nodes, weights = torch.empty_like(a), torch.zeros_like(a)
     for size in sizes.unique().tolist():

@@ -33,9 +33,9 @@ def stability_threshold_of(optimizer: Optimizer) -> float | None:
     at the Edge of Stability, 2021, section 2 and appendix B; dampening and weight decay from the polynomials above.
     The conditions on a second-order polynomial are Jury's: z² + p z + q is stable when |q| < 1 and |p| < 1 + q.
     """
-    own = getattr(optimizer, "stability_threshold", None)
-    if callable(own):
-        return own()  # type: ignore[no-any-return]
+    if hasattr(optimizer, "stability_threshold"):
+        own: Any = optimizer
+        return own.stability_threshold()
     # A subclass may have another update rule under the same options.
     if type(optimizer) is not torch.optim.SGD:
         return None

@@ -37,6 +37,7 @@ class Defaults:
     every: int
     batch_size: int | None = None
     num_measured: int | None = None
+    mode: str = "eval"
     measure: tuple[str, ...] = ("loss", "sharpness", "stability_threshold")
     lr: Mapping[str, float] = field(default_factory=dict)  # by optimizer; others take their own default
 
@@ -60,10 +61,14 @@ class Workload:
     def objective(self, num_examples: int | None = None, **options: Any) -> Objective:
         """The loss over the first `num_examples` to train on; None takes as many as the workload's settings say.
 
-        In eval mode, unless the `options`, which are those of `Objective`, say otherwise.
+        The `options` are those of `Objective`. Unless they say otherwise, networks with BatchNorm are in train mode:
+        the loss with the statistics of the batch is the one that the optimizer descends.
         """
         num = num_to_train_on(num_examples, self.train.num, self.defaults.num_measured)
-        options.setdefault("chunk_size", CHUNK_SIZE if num > CHUNK_SIZE else None)
+        options.setdefault("mode", self.defaults.mode)
+        # Under BatchNorm in train mode the examples belong together.
+        cut = num > CHUNK_SIZE and options["mode"] == "eval"
+        options.setdefault("chunk_size", CHUNK_SIZE if cut else None)
         return Objective.supervised(self.model, self.criterion, tuple(t[:num] for t in self.train), **options)
 
     def accuracy(self, examples: Examples) -> float:
@@ -132,8 +137,8 @@ _DEFAULTS = {
         measure=("loss", "gradient_norm", "sharpness", "stability_threshold", DENSITY),
         lr={"SGD": 0.2},
     ),
-    "digits-cnn": Defaults(steps=600, every=20, batch_size=128, num_measured=512, lr={"SGD": 0.05}),
-    "fashion-cnn": Defaults(steps=600, every=30, batch_size=64, num_measured=512, lr={"SGD": 0.05}),
+    "digits-cnn": Defaults(steps=600, every=20, batch_size=128, num_measured=512, mode="train", lr={"SGD": 0.05}),
+    "fashion-cnn": Defaults(steps=600, every=30, batch_size=64, num_measured=512, mode="train", lr={"SGD": 0.05}),
     "char-transformer": Defaults(steps=600, every=30, batch_size=32, num_measured=64, lr={"SGD": 0.1}),
 }
 WORKLOADS = tuple(_MAKERS)

@@ -117,8 +117,9 @@ def test_eigenvalues_are_ticks(operator, sampled):
     (ticks,) = collection(ax, "eigenvalues-0")
     np.testing.assert_allclose([path.vertices[0, 0] for path in ticks.get_paths()], pairs.values.numpy())
     assert "eigenvalue" in [text.get_text() for text in ax.get_legend().get_texts()]
-    plain = density(sampled, eigenvalues=[8.0, 7.0])
-    assert line(plain, "eigenvalues-0-sure").get_xdata().tolist() == [8.0, 7.0]
+    for values in ([8.0, 7.0], np.array([8.0, 7.0]), torch.tensor([8.0, 7.0])):
+        plain = density(sampled, eigenvalues=values)
+        assert line(plain, "eigenvalues-0-sure").get_xdata().tolist() == [8.0, 7.0]
 
 
 def test_eigenvalues_that_did_not_converge_are_hollow(operator, sampled):

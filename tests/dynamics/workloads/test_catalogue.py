@@ -19,18 +19,26 @@ def small(request):
     return workload(request.param, num_examples=30)
 
 
-def test_the_objective_is_the_loss_in_eval_mode(small):
-    objective = small.objective()
-    small.model.eval()
+def test_the_objective_is_the_loss_in_the_mode_of_the_workload(small):
+    objective = small.objective(small.train.num)
+    small.model.train(small.defaults.mode == "train")
     assert objective.loss() == pytest.approx(float(small.loss(small.train).detach()), rel=1e-6)
     assert objective.num_examples == small.train.num
 
 
 def test_the_objective_of_a_subset_is_the_loss_of_the_first_examples(small):
     objective = small.objective(4)
-    small.model.eval()
+    small.model.train(small.defaults.mode == "train")
     first = type(small.train)(*(t[:4] for t in small.train))
     assert objective.loss() == pytest.approx(float(small.loss(first).detach()), rel=1e-6)
+
+
+def test_batchnorm_is_measured_as_it_is_trained():
+    w = workload("digits-cnn", num_examples=30)
+    w.model.train()
+    trained = float(w.loss(w.train).detach())
+    assert w.objective().loss() == pytest.approx(trained, rel=1e-6)
+    assert w.objective(mode="eval").loss() != pytest.approx(trained, rel=1e-3)
 
 
 def test_the_same_seed_gives_the_same_weights_and_leaves_the_global_stream_alone():
