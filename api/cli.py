@@ -98,7 +98,7 @@ def train_command(
     from .dynamics.run_folder import FIGURES
     from .dynamics.settings import parse_settings
     from .dynamics.training import train
-    from .figures.plot import plot
+    from .figures.plot import drawable, plot
 
     options: dict[str, Any] = {}
     for text in option or []:
@@ -128,8 +128,10 @@ def train_command(
     if resume and result.resumed_at is None:
         say(f"nothing to resume in {result.folder}: the run began at step 0")
     show(str(result.folder), ("", "start -> end"), result.summary())
-    for path in plot(result.folder, result.folder / FIGURES):
-        say(f"figure {path}")
+    with result.trajectory() as trajectory:
+        if names := drawable(trajectory):
+            for path in plot(trajectory, result.folder / FIGURES, figures=names):
+                say(f"figure {path}")
 
 
 @app.command("analyze")

@@ -87,12 +87,17 @@ class RunFolder:
 
     def save_checkpoint(self, step: int, state: Mapping[str, Any]) -> Path:
         """Keeps `state` as the checkpoint of a step; it is there as a whole or not at all."""
-        folder = self.path / CHECKPOINTS
-        folder.mkdir(exist_ok=True)
+        path = self.path / CHECKPOINTS / f"step-{step:08d}.pt"
         buffer = io.BytesIO()
         torch.save({"step": step, **state}, buffer)
-        path = folder / f"step-{step:08d}.pt"
-        write_atomically(path, buffer.getvalue())
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, buffer.getvalue())
+        except OSError as error:
+            raise OSError(
+                f"the checkpoint {path} cannot be written ({error}); all before it is kept: make room, then go on with "
+                "`resume` (--resume)"
+            ) from error
         return path
 
     def latest_checkpoint(self) -> dict[str, Any] | None:

@@ -58,7 +58,7 @@ def plot(
     if not isinstance(trajectory, Trajectory):
         with Trajectory.open(trajectory, mode="r") as opened:
             return plot(opened, out, figures=figures, formats=formats)
-    possible = [name for name, figure in FIGURES.items() if _possible(figure, trajectory)]
+    possible = drawable(trajectory)
     if not possible:
         raise ValueError(
             f"`trajectory` {trajectory.path} has nothing to draw: it holds "
@@ -85,10 +85,15 @@ def plot(
     return written
 
 
-def _possible(figure: Figure, trajectory: Trajectory) -> bool:
-    if figure.quantity not in trajectory.quantities():
-        return False
-    return figure.num_arrays == 0 or len(trajectory.array_steps(figure.quantity)) >= figure.num_arrays
+def drawable(trajectory: Trajectory) -> list[str]:
+    """Names of the figures that there is data for."""
+    known = trajectory.quantities()
+    return [
+        name
+        for name, figure in FIGURES.items()
+        if figure.quantity in known
+        and (figure.num_arrays == 0 or len(trajectory.array_steps(figure.quantity)) >= figure.num_arrays)
+    ]
 
 
 def _targets(

@@ -154,16 +154,15 @@ class KrylovBasis:
         return left
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rayleigh-Ritz on the multiplied directions: values θ [j] ascending, coordinates S [j, j], ‖A v − θ v‖ [j].
+        """Rayleigh-Ritz on the multiplied directions: values θ [j] ascending, coordinates S [j, j], asymmetry [j].
 
-        The residuals contain the pending directions and whatever asymmetry the products showed, but not the error
-        that they share (`LinearOperator.relative_error`).
+        With V = Qᵀ S, A V − V Θ has the coordinates H S in the pending directions, and beside them only the error of
+        the products, of which `asymmetry` is the part [j] that shows in the coefficients.
         """
         H, j = self.coefficients, self.size
         T = (H[:j] + H[:j].mT) / 2
         theta, S = torch.linalg.eigh(T)
-        outside, inside = H[j:] @ S, (H[:j] - T) @ S
-        return theta, S, (outside.square().sum(0) + inside.square().sum(0)).sqrt()
+        return theta, S, torch.linalg.vector_norm((H[:j] - T) @ S, dim=0)
 
     def vectors(self, S: Tensor) -> Tensor:
         """The directions [m, n] with coordinates S [j, m]."""
@@ -236,7 +235,7 @@ def _orthogonalise(Q: Tensor, w: Tensor) -> tuple[Tensor, Tensor, float]:
     Two passes, and a third where the second took away more than it left. w itself is not written to: it may belong to
     the operator.
     """
-    h = project(Q, w)
+    h = project(Q, w, rough=True)
     rest = w - combine(Q, h)
     for _ in range(2):
         correction = project(Q, rest)

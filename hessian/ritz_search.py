@@ -29,7 +29,7 @@ SINGLE_MARGIN = 0.05
 # Share of the other Ritz vectors that survive a restart. All from 0.1 to 0.7 need the same number of products.
 KEPT_SHARE = 0.35
 # Rounding in the basis and in each rotation of it, in units of ‖A‖.
-BASIS_EPS = 8
+BASIS_EPS = 2
 # Directions whose parts across each other are below this count as parallel.
 PARALLEL = 1e-6
 # Where `tol` is out of reach: the residual to stop at, as a share of the floor.
@@ -69,8 +69,7 @@ class RitzPairs:
     Attributes:
         theta: Values [j].
         S: Coordinates in the basis [j, j].
-        residuals: ‖A v − θ v‖ [j], without the floor.
-        coupling: A v in the pending directions [p, j].
+        coupling: A v in the pending directions [p, j], which is the residual but for the floor.
         num: Number of wanted ones.
         scale: Largest |θ|, the yardstick of `tol`.
         floor: What rounding and the error of the products may add to a residual.
@@ -78,11 +77,15 @@ class RitzPairs:
 
     theta: Tensor
     S: Tensor
-    residuals: Tensor
     coupling: Tensor
     num: int
     scale: float
     floor: float
+
+    @property
+    def residuals(self) -> Tensor:
+        """‖A v − θ v‖ [j] without the floor."""
+        return torch.linalg.vector_norm(self.coupling, dim=0)
 
     def goal(self, tol: float) -> float:
         """Residual to stop at: tol · scale without the floor, or well under the floor where `tol` is out of reach."""
@@ -128,6 +131,7 @@ class RitzSearch:
         self._relative_error, self._random_share = relative_error, random_share
         self._draw, self._exhausted = draw, exhausted
         self._n = krylov.rows.shape[1]
+        self._asymmetry = 0.0
         self._exhaustive = self._n <= EXHAUSTIVE * ends.num and krylov.capacity == self._n
 
     def run(self) -> bool:
@@ -144,18 +148,18 @@ class RitzSearch:
 
     def pairs(self) -> RitzPairs:
         """Rayleigh-Ritz over everything multiplied so far."""
-        theta, S, residuals = self.krylov.ritz()
+        theta, S, asymmetry = self.krylov.ritz()
         order = self._ends.order(theta)
+        shown = float(asymmetry[order[: self._ends.num]].max())
         scale = float(theta.abs().max())
         rounding = BASIS_EPS * torch.finfo(self.krylov.rows.dtype).eps * (1 + self.krylov.restarts)
         return RitzPairs(
             theta=theta[order],
             S=S[:, order],
-            residuals=residuals[order],
             coupling=self.krylov.coefficients[self.krylov.size :] @ S[:, order],
             num=self._ends.num,
             scale=scale,
-            floor=(self._relative_error + rounding) * scale,
+            floor=(self._relative_error + rounding) * scale + max(shown, self._asymmetry),
         )
 
     def _solve(self) -> bool:
@@ -193,6 +197,7 @@ class RitzSearch:
         keep = min(keep, capacity - p - 2)
         if num <= keep < j:
             pairs = self.pairs()
+            self._asymmetry = max(self._asymmetry, float(krylov.ritz()[2].max()))
             krylov.restart(pairs.theta[:keep], pairs.S[:, :keep])
 
     def _proved_by_own_run(self, pairs: RitzPairs, *, unable: bool = False) -> bool:

@@ -1,8 +1,8 @@
 """Products of a few long vectors that keep their digits: summed in float64, chunk by chunk.
 
-On a CPU `torch.dot` and `torch.linalg.vector_norm` of float32 vectors lose digits with the length (6e-4 at 1e7
-entries, percents at 1e8). Here no float32 sum is longer than one chunk and no float64 copy of an argument is either.
-Autocast does not reach in here.
+On a CPU `torch.dot`, `torch.mv` and `torch.linalg.vector_norm` of float32 vectors lose digits with the length: 6e-4 at
+1e7 entries, percents at 1e8, and some digits at 1e5 already where a few entries are large. Here sums are made in
+float64, without a float64 copy longer than one chunk. Autocast does not reach in here.
 
 Sizes: n entries in a vector, j basis vectors, m combinations of them.
 """
@@ -14,10 +14,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Entries summed at once. On a CPU a chunk should stay in the cache, and its float32 sum good to 1e-7; on a GPU the
-# number of launches counts, and reductions are trees.
-CPU_CHUNK = 1 << 15
-GPU_CHUNK = 1 << 22
+# Entries converted at once, over all rows. On a CPU they should stay in the cache; on a GPU launches count.
+CPU_ENTRIES = 1 << 17
+GPU_ENTRIES = 1 << 24
+SHORTEST_CHUNK = 1 << 10
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     if x.ndim != 1 or x.shape != y.shape:
         raise ValueError(f"`x` has shape {list(x.shape)} and `y` {list(y.shape)}; both must be one shape [n]")
     total = torch.zeros((), dtype=torch.float64, device=x.device)
-    for part in _chunks(x):
+    for part in _chunks(x, rows=1):
         total += torch.dot(x[part].double(), y[part].double())
     return total
 
@@ -35,14 +35,18 @@ def norm(x: Tensor) -> Tensor:
     return dot(x, x).sqrt()
 
 
-def project(Q: Tensor, w: Tensor) -> Tensor:
-    """Q w [j] in float64, for a basis Q [j, n] and w [n]; products inside a chunk in the dtype of Q."""
+def project(Q: Tensor, w: Tensor, *, rough: bool = False) -> Tensor:
+    """Q w [j] in float64, for a basis Q [j, n] and w [n]; every product and sum is made in float64.
+
+    `rough` sums chunks in the dtype of Q, in a third of the time: for the first pass of Gram-Schmidt, whose errors the
+    second removes.
+    """
     if Q.ndim != 2 or w.shape != Q.shape[1:]:
         raise ValueError(f"`Q` has shape {list(Q.shape)} and `w` {list(w.shape)}; they must be [j, n] and [n]")
-    wide = _at_least_float32(Q.dtype)
+    wide = _at_least_float32(Q.dtype) if rough else torch.float64
     total = torch.zeros(Q.shape[0], dtype=torch.float64, device=Q.device)
     with torch.autocast(Q.device.type, enabled=False):
-        for part in _chunks(Q):
+        for part in _chunks(Q, rows=Q.shape[0]):
             total += Q[:, part].to(wide) @ w[part].to(wide)
     return total
 
@@ -69,7 +73,7 @@ def _combine_into(out: Tensor, Q: Tensor, c: Tensor) -> None:
     wide = torch.float64 if c.ndim == 2 else _at_least_float32(Q.dtype)
     coefficients = (c.mT if c.ndim == 2 else c).to(Q.device, wide)  # [m, j] or [j]
     with torch.autocast(Q.device.type, enabled=False):
-        for part in _chunks(Q):
+        for part in _chunks(Q, rows=Q.shape[0]):
             out[..., part] = coefficients @ Q[:, part].to(wide)
 
 
@@ -82,7 +86,8 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype.itemsize >= 4 else torch.float32
 
 
-def _chunks(x: Tensor) -> Iterator[slice]:
-    """Slices of the last axis."""
-    n, size = x.shape[-1], CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK
+def _chunks(x: Tensor, *, rows: int) -> Iterator[slice]:
+    """Slices of the last axis that hold about as many entries whatever the number of rows."""
+    n, entries = x.shape[-1], CPU_ENTRIES if x.device.type == "cpu" else GPU_ENTRIES
+    size = max(entries // max(rows, 1), SHORTEST_CHUNK)
     return (slice(first, min(first + size, n)) for first in range(0, n, size))

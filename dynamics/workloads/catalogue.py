@@ -138,7 +138,7 @@ _DEFAULTS = {
         lr={"SGD": 0.2},
     ),
     "digits-cnn": Defaults(steps=600, every=20, batch_size=128, num_measured=512, mode="train", lr={"SGD": 0.05}),
-    "fashion-cnn": Defaults(steps=600, every=30, batch_size=64, num_measured=512, mode="train", lr={"SGD": 0.05}),
+    "fashion-cnn": Defaults(steps=600, every=30, batch_size=64, num_measured=512, mode="train", lr={"SGD": 0.1}),
     "char-transformer": Defaults(steps=600, every=30, batch_size=32, num_measured=64, lr={"SGD": 0.1}),
 }
 WORKLOADS = tuple(_MAKERS)

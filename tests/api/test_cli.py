@@ -66,6 +66,12 @@ def test_train_takes_optimizer_options(tmp_path):
     assert options["batch_size"] == 20
 
 
+def test_train_without_anything_to_draw_is_a_success(tmp_path):
+    code, output, errors = call("train", "--out", tmp_path / "run", "--num-examples=50", "--steps=2", "-m", "loss")
+    assert code == 0, errors
+    assert "figure" not in output
+
+
 def test_train_refuses_a_run_that_is_there_and_resumes_it(run):
     code, _, errors = call("train", "--out", run, *SHORT)
     assert code == 1

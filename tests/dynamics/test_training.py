@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from sharpscope.dynamics import run_folder
 from sharpscope.dynamics.training import TrainingDiverged, train
 from sharpscope.dynamics.training_options import TrainingOptions
 from sharpscope.dynamics.trajectory import Trajectory
@@ -237,6 +238,24 @@ def test_a_damaged_checkpoint_is_named_with_a_cure(tmp_path, monkeypatch):
         train(out=tmp_path / "run", resume=True)
     last.unlink()
     assert train(out=tmp_path / "run", resume=True, progress=False).resumed_at == 5
+
+
+def test_a_full_disk_costs_nothing_that_was_written(tmp_path, monkeypatch):
+    options = SMALL | {"measure": "loss"}
+    train(out=tmp_path / "whole", **options)
+    write = run_folder.write_atomically
+
+    def until_full(path, content):
+        if path.name == "step-00000015.pt":
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "write_atomically", until_full)
+        with pytest.raises(OSError, match=r"step-00000015.pt cannot be written .*No space left.*--resume"):
+            train(out=tmp_path / "run", **options)
+    assert train(out=tmp_path / "run", resume=True, progress=False).resumed_at == 10
+    assert same(table(tmp_path / "whole"), table(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,9 @@ def test_two_ranks_equal_one(tmp_path):
     model, x, y = make()
     expected = quantities(Objective.supervised(model, nn.CrossEntropyLoss(), (x, y)))
     ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True, cwd="/")
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True, cwd="/"
+        )
         for rank in range(2)
     ]
     errors = [rank.communicate(timeout=120)[1] for rank in ranks]
@@ -75,7 +77,9 @@ def test_two_ranks_equal_one(tmp_path):
         for wrapper, found in results.items():
             for name, value in found.items():
                 rtol = 1e-7 if name == "differences" else 1e-10
-                torch.testing.assert_close(value, expected[name].to(value), rtol=rtol, atol=1e-9, msg=f"{wrapper} {name}")
+                torch.testing.assert_close(
+                    value, expected[name].to(value), rtol=rtol, atol=1e-9, msg=f"{wrapper} {name}"
+                )
 
 
 if __name__ == "__main__":

@@ -10,16 +10,21 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from curvature_traps import Adapter, Eigenvalues, Problem, Solved
-from sharpscope.dynamics.replay import replay
-from sharpscope.dynamics.spectra_measurements import Sharpness
-from sharpscope.dynamics.trajectory import Trajectory
-from sharpscope.hessian.curvature import Hessian
-from sharpscope.hessian.eigs import NotConvergedWarning, top_eigenvalues
-from sharpscope.hessian.gauss_newton import GGN, Fisher, GradientCovariance
-from sharpscope.hessian.slq import spectral_density
-from sharpscope.hessian.solve import solve
-from sharpscope.hessian.trace import trace
-from sharpscope.landscape.objective import Objective
+from sharpscope import (
+    GGN,
+    Fisher,
+    GradientCovariance,
+    Hessian,
+    NotConvergedWarning,
+    Objective,
+    Sharpness,
+    Trajectory,
+    replay,
+    solve,
+    spectral_density,
+    top_eigenvalues,
+    trace,
+)
 from torch import Tensor
 
 
