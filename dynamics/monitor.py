@@ -33,12 +33,12 @@ class MeasurementFailedWarning(UserWarning):
 class Monitor:
     """Runs measurements along a training loop and records their rows.
 
-    `step()` stands before the optimizer's step, so that step t means the weights after t updates:
+    `step()` stands first in the iteration, so that step t means weights and buffers after t updates:
 
         with Monitor(objective, optimizer, [Loss(), Sharpness(every=10)], trajectory) as monitor:
             for batch in loader:
-                ...backward...
                 monitor.step()
+                ...forward, backward...
                 optimizer.step()
 
     Leaving the `with` block, or `close()`, measures the final weights with every measurement. The training is left

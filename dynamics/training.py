@@ -167,6 +167,8 @@ class _Run:
         )
 
     def _step(self, step: int, monitor: Monitor, bar: tqdm) -> None:
+        # Before the forward pass, which moves BatchNorm's running statistics: a replayed checkpoint then sees the same.
+        rows = monitor.step()
         self.job.model.train()
         batch = self.job.train.chosen(self.order.at(step))
         loss = self._gradient(batch)
@@ -177,7 +179,6 @@ class _Run:
                 f"{self.options.optimizer_options} diverged; choose a smaller lr. "
                 f"What was measured is in {self.folder.path}"
             )
-        rows = monitor.step()
         if needs_closure(self.optimizer):
             self.optimizer.step(lambda: float(self._gradient(batch).detach()))
         else:

@@ -26,10 +26,9 @@ WHICH = {
     "LM": "largest absolute value",
     "BE": "both ends",
 }
-# Random part of the start vector beside the unit vector of the operator or of the user: enough that nothing hides
-# behind a symmetric start, and little enough not to cost a product.
-COLD_NOISE = 0.3
-WARM_NOISE = 0.1
+# Random part of the start beside the unit vector of the operator or the user: nothing can hide behind a symmetric
+# start then, the proof for a single pair rests on it, and it costs less than a product.
+NOISE = 0.3
 # The basis takes no more memory than this, unless the wanted vectors alone do.
 BASIS_BYTES = 4 << 30
 
@@ -215,15 +214,15 @@ def _start(op: LinearOperator, start: Tensor | None, draw: Callable[[], Tensor])
     """The start vector [n] and the length of its random part, relative to it."""
     noise = draw()
     if start is None:
-        known, share = op.start_vector(), COLD_NOISE
+        known = op.start_vector()
         known = None if known is None else checked_vector(op, known.reshape(-1), "op.start_vector()")
     else:
-        known, share = _sum_of_columns(op, start), WARM_NOISE
+        known = _sum_of_columns(op, start)
     length = 0.0 if known is None else float(norm(known))
     if known is None or length == 0.0:
         return noise, 1.0
-    first = known / length + share * noise / norm(noise)
-    return first, share / float(norm(first))
+    first = known / length + NOISE * noise / float(norm(noise))
+    return first, NOISE / float(norm(first))
 
 
 def _sum_of_columns(op: LinearOperator, start: Tensor) -> Tensor:
@@ -259,7 +258,7 @@ def _warn(pairs: EigenPairs, scale: float, floor: float) -> None:
     cure = (
         f"no smaller than the error of the products, {floor:.2g}: loosen `tol` or work in float64"
         if goal <= floor
-        else "not met within the budget: raise `max_products`, or loosen `tol`"
+        else "not met within the budget: raise it (`max_products`, `max_seconds`, `basis_size`), or loosen `tol`"
     )
     warnings.warn(
         f"{missed} of {len(pairs)} eigenpairs not converged after {pairs.products} products: largest residual "
