@@ -29,6 +29,9 @@ WHICH = {
 # Random part of the start beside the unit vector of the operator or the user: nothing can hide behind a symmetric
 # start then, the proof for a single pair rests on it, and it costs less than a product.
 NOISE = 0.3
+# A long basis saves restarts, and products where the wanted end of the spectrum is crowded.
+LONG_BASIS = 200
+LONG_BASIS_BYTES = 256 << 20
 # The basis takes no more memory than this, unless the wanted vectors alone do.
 BASIS_BYTES = 4 << 30
 
@@ -99,7 +102,8 @@ def top_eigenvalues(
             A little noise is added. By default the operator's `start_vector()` and some noise.
         seed: Of all random vectors. Equal seeds give equal results, and global generators are left alone.
         verify: Spend some products (typically 3 to 8, for num ≥ 2) on `verified`.
-        basis_size: Most vectors [n] held. By default 40 or 2 num + 20, and 24 for the verification, in at most 4 GiB.
+        basis_size: Most vectors [n] to hold. By default max(40, 2 num + 20) and 24 for the verification in at most
+            4 GiB, and up to 200 in at most 256 MiB.
         progress: Show a progress bar.
 
     Warns:
@@ -195,12 +199,12 @@ def _check(
 
 def _capacity(op: LinearOperator, num: int, budget: int, verify: bool, basis_size: int | None) -> int:
     """Rows of the basis: no more than are useful, can be filled, or fit into memory."""
-    n = op.shape[0]
     if basis_size is not None:
         return basis_size
-    useful = max(2 * num + 20, 40, n if n <= EXHAUSTIVE * num else 0) + (PROOF_ROWS if verify and num > 1 else 0)
-    fitting = BASIS_BYTES // (n * op.dtype.itemsize)
-    return max(min(useful, fitting, budget + 2), num + 6)
+    n, row_bytes = op.shape[0], op.shape[0] * op.dtype.itemsize
+    enough = max(2 * num + 20, 40, n if n <= EXHAUSTIVE * num else 0) + (PROOF_ROWS if verify and num > 1 else 0)
+    useful = max(enough, min(LONG_BASIS, LONG_BASIS_BYTES // row_bytes))
+    return max(min(useful, BASIS_BYTES // row_bytes, budget + 2), num + 6)
 
 
 def _generator(op: LinearOperator, seed: int) -> Callable[[], Tensor]:

@@ -237,6 +237,7 @@ def _orthogonalise(Q: Tensor, w: Tensor) -> tuple[Tensor, Tensor, float]:
     """
     h = project(Q, w, rough=True)
     rest = w - combine(Q, h)
+    left = 0.0
     for _ in range(2):
         correction = project(Q, rest)
         h += correction

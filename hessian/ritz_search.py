@@ -24,7 +24,7 @@ DOUBT = 0.01
 # A proof is about eigenvalues further out than the wanted ones by this share of |λ|max, or by `tol`.
 MARGIN = 1e-4
 # The same two for a single pair, which is proved from its own run at next to no cost.
-SINGLE_DOUBT = 0.3
+SINGLE_DOUBT = 0.1
 SINGLE_MARGIN = 0.05
 # Share of the other Ritz vectors that survive a restart. All from 0.1 to 0.7 need the same number of products.
 KEPT_SHARE = 0.35

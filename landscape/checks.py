@@ -224,6 +224,7 @@ def _check_repeatable(objective: Evaluation, batch: Any, number: int) -> None:
         values, gradients = [], []
         for _ in range(2):
             loss = checked_loss(objective._evaluate(batch, theta), number, batch)
+            objective._custom_functions = custom_functions(loss)
             gradients.append(objective.join(torch.autograd.grad(loss, theta, allow_unused=True)))
             values.append(float(loss.detach()))
     difference = float((gradients[0] - gradients[1]).norm())
