@@ -85,7 +85,7 @@ def train_command(
     num_measured: Annotated[int | None, typer.Option(help="How many of these the measurements use.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; default steps/20.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu (default) or cuda.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of torch on the CPU.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch on the CPU; default 1 for the digits.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default a new one in runs/.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in --out.")] = False,

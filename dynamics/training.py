@@ -78,7 +78,7 @@ def train(
         num_measured: How many of these the measurements use, the first ones.
         checkpoint_every: Steps between checkpoints; default a twentieth of the run.
         device: "cpu" (default) or "cuda".
-        threads: For torch on the CPU; default as found.
+        threads: For torch on the CPU; default 1 for the digits, else as found.
         out: The folder; default a new one, runs/WORKLOAD-OPTIMIZER.
         resume: Go on with the run in `out` (default: the last one). Options not given are those of the run; others
             are refused. Where nothing is there yet, the run begins.

@@ -75,7 +75,7 @@ class TrainingOptions:
                 found.get("checkpoint_every", max(1, steps // NUM_CHECKPOINTS)), "checkpoint_every"
             ),
             device=device,
-            threads=_count(found.get("threads", torch.get_num_threads()), "threads"),
+            threads=_count(found.get("threads", defaults.threads or torch.get_num_threads()), "threads"),
         )
         chosen_measurements(resolved.measure)
         return resolved

@@ -13,6 +13,8 @@ from .training_options import FULL_BATCH, TrainingOptions
 from .trajectory import Trajectory
 from .workloads.catalogue import Workload
 
+MAX_BLOCKS = 12  # lines of a summary for one quantity
+
 
 @dataclass(frozen=True)
 class TrainingResult:
@@ -53,7 +55,7 @@ class TrainingResult:
         ]
         with self.trajectory() as trajectory:
             for quantity in trajectory.quantities():
-                for block in trajectory.blocks(quantity)[:1]:
+                for block in trajectory.blocks(quantity)[:MAX_BLOCKS]:
                     series = trajectory.series(quantity, block)
                     change = f"{series.values[0]:.5g} -> {series.values[-1]:.5g}"
                     if math.isfinite(series.errors[-1]) and series.errors[-1] > 0:

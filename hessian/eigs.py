@@ -18,7 +18,7 @@ from ..kernels.accurate import norm
 from .estimate import NotConvergedWarning
 from .lanczos import KrylovBasis, checked_vector, plain_tensors
 from .operator import LinearOperator
-from .ritz_search import EXHAUSTIVE, PROOF_ROWS, Ends, RitzPairs, RitzSearch
+from .ritz_search import PROOF_ROWS, Ends, RitzPairs, RitzSearch
 
 WHICH = {
     "LA": "largest",
@@ -118,7 +118,8 @@ def top_eigenvalues(
     with plain_tensors(), tqdm(desc="eigenvalues", unit="product", disable=not progress, leave=False) as bar:
         draw = _generator(op, seed)
         first, random_share = _start(op, start, draw)
-        krylov = KrylovBasis(op, _capacity(op, num, budget, verify, basis_size))
+        ends = Ends(which, num)
+        krylov = KrylovBasis(op, _capacity(op, ends, budget, verify, basis_size))
         krylov.add(first)
 
         def exhausted() -> bool:
@@ -128,7 +129,7 @@ def top_eigenvalues(
 
         search = RitzSearch(
             krylov,
-            Ends(which, num),
+            ends,
             tol,
             relative_error=op.relative_error,
             random_share=random_share,
@@ -197,12 +198,14 @@ def _check(
         )
 
 
-def _capacity(op: LinearOperator, num: int, budget: int, verify: bool, basis_size: int | None) -> int:
+def _capacity(op: LinearOperator, ends: Ends, budget: int, verify: bool, basis_size: int | None) -> int:
     """Rows of the basis: no more than are useful, can be filled, or fit into memory."""
     if basis_size is not None:
         return basis_size
-    n, row_bytes = op.shape[0], op.shape[0] * op.dtype.itemsize
-    enough = max(2 * num + 20, 40, n if n <= EXHAUSTIVE * num else 0) + (PROOF_ROWS if verify and num > 1 else 0)
+    n, num, row_bytes = op.shape[0], ends.num, op.shape[0] * op.dtype.itemsize
+    enough = max(2 * num + 20, 40) + (PROOF_ROWS if verify and num > 1 else 0)
+    if ends.want_all(n):
+        enough = n
     useful = max(enough, min(LONG_BASIS, LONG_BASIS_BYTES // row_bytes))
     return max(min(useful, BASIS_BYTES // row_bytes, budget + 2), num + 6)
 

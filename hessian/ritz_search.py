@@ -15,8 +15,9 @@ from torch import Tensor
 from .exclusion import RandomRun, lift
 from .lanczos import KrylovBasis
 
-# Up to this many directions for each wanted pair, go through the whole space: it costs little more and misses nothing.
-EXHAUSTIVE = 3
+# A space of so few dimensions, in all or for each wanted pair, is gone through entirely: that misses nothing.
+EXHAUSTIVE = 8
+EXHAUSTIVE_PER_PAIR = 3
 # Rows of the basis kept free for a proof, so also the most products of one.
 PROOF_ROWS = 24
 # Chance that a proof overlooks a hidden eigenvector, over 0.8.
@@ -42,6 +43,10 @@ class Ends:
 
     which: str
     num: int
+
+    def want_all(self, n: int) -> bool:
+        """So many of the n eigenvalues are wanted that all directions may as well be multiplied."""
+        return n <= max(EXHAUSTIVE, EXHAUSTIVE_PER_PAIR * self.num)
 
     def order(self, theta: Tensor) -> Tensor:
         """Indices of ascending values θ [j], the most wanted first."""
@@ -132,7 +137,7 @@ class RitzSearch:
         self._draw, self._exhausted = draw, exhausted
         self._n = krylov.rows.shape[1]
         self._asymmetry = 0.0
-        self._exhaustive = self._n <= EXHAUSTIVE * ends.num and krylov.capacity == self._n
+        self._exhaustive = ends.want_all(self._n) and krylov.capacity == self._n
 
     def run(self) -> bool:
         """Search within the budget; True if nothing wanted can be hidden any more."""

@@ -76,6 +76,17 @@ def test_without_arguments_it_is_the_main_job():
     assert {"loss", "sharpness", "stability_threshold"} <= set(options.measure)
 
 
+@pytest.mark.slow
+def test_the_main_job_reaches_the_edge_of_stability_and_stays(tmp_path):
+    result = train(measure=["sharpness", "stability_threshold"], out=tmp_path / "run", progress=False)
+    assert result.edge is not None
+    assert result.edge.start < 1 / 3
+    # Cohen et al., 2021: gradient descent hovers just above 2/η.
+    assert abs(result.edge.mean - 1) < 0.05
+    with result.trajectory() as trajectory:
+        assert trajectory.to_pandas()["converged"].all()
+
+
 def test_the_trajectory_has_what_was_asked_for(finished):
     with finished.trajectory() as trajectory:
         expected = {"loss", "gradient_norm", "sharpness", "stability_threshold", "density"}
