@@ -101,7 +101,7 @@ def train(
     folder = RunFolder(
         default_folder(f"{options.workload}-{options.optimizer.lower()}", resume=resume) if out is None else out
     )
-    stored = None
+    stored, fingerprint = None, None
     if folder.exists and resume:
         stored, fingerprint = folder.read_options()
         options = _unchanged(TrainingOptions.resolve(given, stored), stored, folder)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..landscape.objective import Objective
-from .engines import Engine
+from .engines import Engine, NotTwiceDifferentiable
 
 # Steps tried by the calibration, relative to max(1, ‖θ‖): truncation rules at the top, rounding at the bottom.
 STEPS = tuple(10.0**-k for k in (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5))
@@ -28,6 +28,11 @@ class FiniteDifference(Engine):
 
     def __init__(self, objective: Objective) -> None:
         super().__init__(objective)
+        if objective.coarsest_eps > torch.finfo(torch.float32).eps:
+            raise NotTwiceDifferentiable(
+                "differences of gradients drown in the rounding of half precision; pass dtype=torch.float32 to the "
+                "Objective"
+            )
         self._token: tuple | None = None
         self._step = 0.0
         self._error = 0.0
@@ -97,14 +102,34 @@ class FiniteDifference(Engine):
         for disagreements, probe in zip(spread, probes, strict=True):
             before = None
             for step in STEPS:
-                product = objective.all_reduce(self._product(probe, everything, step * scale))
+                product = self._trial(probe, everything, step * scale)
                 if before is not None:
-                    size = max(float(product.double().norm()), 1e-300)
-                    disagreements.append(float((product - before).double().norm()) / size)
+                    disagreements.append(_disagreement(before, product))
                 before = product
         # The gradient comes first: along it the product is large, as it is for the vectors an eigensolver asks for.
         leading = spread[0]
-        best = min(range(len(leading)), key=leading.__getitem__)
+        # Rounding swallows the smallest steps whole, and zeros agree perfectly: they count only if all are zero.
+        best = min(range(len(leading)), key=lambda i: leading[i] if leading[i] > 0 else float("inf"))
+        if not leading[best] < 1:
+            raise NotTwiceDifferentiable("no step gives differences of gradients that agree with the next one")
         self._step = STEPS[best + 1] * scale
         self._error = SAFETY * max(leading[best], objective.coarsest_eps)
         self._token = token
+
+    def _trial(self, probe: Tensor, everything: Sequence[int], step: float) -> Tensor:
+        """A product at one step of the calibration; NaN where the step leaves the loss's domain."""
+        try:
+            return self.objective.all_reduce(self._product(probe, everything, step))
+        except ValueError:
+            return torch.full_like(probe, torch.nan)
+
+
+def _disagreement(first: Tensor, second: Tensor) -> float:
+    """‖first − second‖ relative to the smaller of them; two zeros agree, since a step below rounding is caught by its
+    neighbour."""
+    sizes = [float(product.double().norm()) for product in (first, second)]
+    difference = float((first - second).double().norm())
+    if difference == 0 and min(sizes) == 0:
+        return 0.0
+    ratio = difference / min(sizes) if min(sizes) > 0 else float("inf")
+    return ratio if ratio == ratio else float("inf")

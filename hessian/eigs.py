@@ -47,7 +47,8 @@ class EigenPairs:
             eigenvalue of A lies within this distance of each value.
         value_bounds: The sharper estimate residual² / gap of that distance [num], where the Ritz values show a gap.
         converged: Every residual is at most tol · |λ|max.
-        verified: Shown, up to a small probability, that no eigenvalue is missed that would belong here.
+        verified: Shown that no eigenvalue is missed that would belong here, beyond `tol`: wrong with a probability
+            below 1 %. For num = 1 beyond 5 % of |λ|max, and below 8 %.
         products: Operator products spent. seconds: Time taken. tol: As asked.
     """
 

@@ -45,6 +45,8 @@ class Engine(ABC):
         Raises:
             ValueError: the product is not finite.
         """
+        if V.shape[1] == 0:
+            return V.clone()
         subset = range(len(self.objective.layout.names)) if subset is None else subset
         if not self._verified:
             self._verified = True
@@ -155,6 +157,7 @@ def _undifferentiable(error: Exception) -> bool:
         "custom_function",
         "generate_vmap_rule",
         "trying to backward through",
+        "zerotensors",
         "create_graph",
     )
     return any(sign in text for sign in signs)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..landscape.evaluation import Chunk
-from ..landscape.memory import saved_bytes
 from ..landscape.objective import Objective
 from .engines import NotTwiceDifferentiable, normal_tensors
+from .kept import KeptChunks
 from .operator import LinearOperator
 
 Metric = Callable[[Tensor], Tensor]
@@ -94,9 +94,7 @@ class FactorOperator(LinearOperator):
             relative_error=64 * objective.coarsest_eps,
         )
         self.objective = objective
-        self._token: tuple | None = None
-        self._kept: dict[tuple[int, int], Factor] = {}
-        self._capacity: int | None = None
+        self._factors = KeptChunks(objective, self._verified_factor, self.weights_changed)
 
     @abstractmethod
     def factor(self, chunk: Chunk, theta: tuple[Tensor, ...]) -> Factor:
@@ -105,7 +103,7 @@ class FactorOperator(LinearOperator):
     def matmat(self, V: Tensor) -> Tensor:
         with normal_tensors(V) as V:
             total = torch.zeros_like(V)
-            for factor in self.factors():
+            for factor in self._factors:
                 for column in range(V.shape[1]):
                     pushed = factor.push(self.objective.split(V[:, column], factor.theta))
                     pulled = factor.pull(factor.metric(pushed).to(pushed.dtype))
@@ -115,36 +113,14 @@ class FactorOperator(LinearOperator):
             raise ValueError(f"a product with {type(self).__name__} is not finite; check the vector and the model")
         return total
 
-    def factors(self) -> Iterator[Factor]:
-        """The factor of every chunk, inside the evaluation in which it was built."""
-        token = self.objective.state_token()
-        if token != self._token:
-            self._kept, self._token = {}, token
-            self.weights_changed()
-        first = next(iter(self._kept.values()), None)
-        with self.objective.evaluation(None if first is None else first.theta) as theta:
-            for chunk in self.objective.chunks():
-                key = (chunk.number, chunk.first)
-                factor = self._kept.get(key)
-                if factor is None:
-                    factor = self.factor(chunk, theta)
-                    if self.objective.custom_functions:
-                        factor.verify(self.relative_error, self.objective.custom_functions)
-                    if len(self._kept) < self._room(chunk, theta):
-                        self._kept[key] = factor
-                yield factor
+    def _verified_factor(self, chunk: Chunk, theta: tuple[Tensor, ...]) -> Factor:
+        factor = self.factor(chunk, theta)
+        if self.objective.custom_functions:
+            factor.verify(self.relative_error, self.objective.custom_functions)
+        return factor
 
     def weights_changed(self) -> None:
         """Called when everything derived from the weights is stale."""
 
     def start_vector(self) -> Tensor | None:
         return self.objective.gradient()
-
-    def _room(self, chunk: Chunk, theta: tuple[Tensor, ...]) -> int:
-        if self._capacity is None:
-            if chunk.size == chunk.batch_size and self.objective.num_batches == 1:
-                self._capacity = 1
-            else:
-                size = saved_bytes(lambda: self.factor(chunk, theta))
-                self._capacity = self.objective.memory_budget // max(1, size)
-        return self._capacity

@@ -103,7 +103,7 @@ class Fisher(FactorOperator):
 
 
 class GradientCovariance(FactorOperator):
-    r"""Covariance of per-example gradients Σ_i w_i (g_i − ḡ)(g_i − ḡ)ᵀ with ḡ = Σ_i w_i g_i [n, n].
+    r"""Covariance of per-example gradients Σ_i w_i (g_i − ḡ)(g_i − ḡ)ᵀ with ḡ = Σ_i w_i g_i / Σ_i w_i [n, n].
 
     The noise of a stochastic gradient of batch size 1. Uncentred, it is the empirical Fisher matrix.
 
@@ -125,7 +125,8 @@ class GradientCovariance(FactorOperator):
         if self._mean is None:
             self._mean = self.objective.gradient()
         mean = self._mean.double()
-        return product - (mean.unsqueeze(1) * (mean @ V.double())).to(V.dtype)
+        share = 1.0 / self.objective.total_weight
+        return product - (share * mean.unsqueeze(1) * (mean @ V.double())).to(V.dtype)
 
 
 def _example_factor(objective: Objective, chunk: Chunk, theta: tuple[Tensor, ...]) -> Factor:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..landscape.evaluation import Chunk
-from ..landscape.memory import saved_bytes
 from ..landscape.objective import Objective
 from .engines import Engine
+from .kept import KeptChunks
 
 
 @dataclass
@@ -35,13 +35,11 @@ class DoubleBackward(Engine):
 
     def __init__(self, objective: Objective) -> None:
         super().__init__(objective)
-        self._token: tuple | None = None
-        self._kept: dict[tuple[int, int], Graph] = {}
-        self._capacity: int | None = None
+        self._graphs = KeptChunks(objective, self._build)
 
     def local_matmat(self, V: Tensor, subset: Sequence[int]) -> Tensor:
         total = torch.zeros_like(V)
-        for graph in self.graphs():
+        for graph in self._graphs:
             theta = [graph.theta[i] for i in subset]
             kept = [(g, j) for j, i in enumerate(subset) if (g := graph.gradients[i]) is not None and g.requires_grad]
             if not kept:
@@ -58,33 +56,7 @@ class DoubleBackward(Engine):
                 total[:, column] += graph.weight * self.objective.join(products, theta)
         return total
 
-    def graphs(self) -> Iterator[Graph]:
-        """The graph of every chunk, inside the evaluation in which it was built."""
-        token = self.objective.state_token()
-        if token != self._token:
-            self._kept, self._token = {}, token
-        first = next(iter(self._kept.values()), None)
-        with self.objective.evaluation(None if first is None else first.theta) as theta:
-            for chunk in self.objective.chunks():
-                key = (chunk.number, chunk.first)
-                graph = self._kept.get(key)
-                if graph is None:
-                    graph = self._build(chunk, theta)
-                    if len(self._kept) < self._room(chunk, theta):
-                        self._kept[key] = graph
-                yield graph
-
     def _build(self, chunk: Chunk, theta: tuple[Tensor, ...]) -> Graph:
         loss = self.objective.chunk_loss(chunk, theta)
         gradients = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
         return Graph(chunk.weight, theta, gradients)
-
-    def _room(self, chunk: Chunk, theta: tuple[Tensor, ...]) -> int:
-        """How many graphs may be kept. A lone chunk needs its graph anyway."""
-        if self._capacity is None:
-            if chunk.size == chunk.batch_size and self.objective.num_batches == 1:
-                self._capacity = 1
-            else:
-                size = saved_bytes(lambda: self._build(chunk, theta))
-                self._capacity = self.objective.memory_budget // max(1, size)
-        return self._capacity

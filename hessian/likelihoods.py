@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def _row_weights(criterion: Any, targets: Tensor) -> Tensor:
     weights = (targets != getattr(criterion, "ignore_index", -100)).double()
     by_class = getattr(criterion, "weight", None)
     if by_class is not None:
-        weights = weights * by_class.double()[targets.clamp(min=0)]
+        weights = weights * by_class.double()[torch.where(weights > 0, targets, 0)]
     return weights if getattr(criterion, "reduction", "mean") == "sum" else weights / weights.sum()
 
 
@@ -80,7 +81,8 @@ def sampled_metric(
     """
     factors = []
     for sample in range(num_samples):
-        generator = torch.Generator().manual_seed(hash((seed, chunk.number, sample)) & (2**62 - 1))
+        key = hashlib.sha256(repr((seed, chunk.number, sample)).encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
         factors.append(_score(likelihood, criterion, prediction, targets, chunk, generator))
     axis = 1 if likelihood == "categorical" and prediction.ndim > 1 else None
 
@@ -100,6 +102,8 @@ def _score(
     """∂ℓ/∂z at a sampled label, scaled so that the mean of s sᵀ is the exact metric."""
 
     def draw(shape: torch.Size, kind) -> Tensor:
+        if not shape or shape[0] % chunk.size:  # rows that are no examples, after masking for example
+            return kind(shape, generator=generator, dtype=torch.float64).to(prediction.device, prediction.dtype)
         per_example = shape[0] // chunk.size
         whole = kind((chunk.batch_size * per_example, *shape[1:]), generator=generator, dtype=torch.float64)
         part = whole[chunk.first * per_example : (chunk.first + chunk.size) * per_example]

@@ -150,7 +150,7 @@ class LinearOperator(ABC):
     def unflatten(self, v: Tensor) -> dict[str, Tensor]:
         """A flat v [n] as tensors by parameter name."""
         if self._layout is None:
-            raise ValueError("this operator has no parameter names: it was not made from an Objective")
+            raise ValueError("this operator has no parameter names: it was not made from a whole Objective")
         return self._layout.unflatten(v)
 
     def flatten(self, tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
@@ -203,21 +203,33 @@ class SumOperator(LinearOperator):
         same = (first.shape, first.dtype, first.device) == (second.shape, second.dtype, second.device)
         if not same:
             raise ValueError(f"cannot add {first!r} and {second!r}: shape, dtype and device must agree")
-        error = max(first.relative_error, second.relative_error)
         super().__init__(
-            first.shape[0],
-            dtype=first.dtype,
-            device=first.device,
-            layout=first.layout or second.layout,
-            relative_error=error,
+            first.shape[0], dtype=first.dtype, device=first.device, layout=first.layout or second.layout
         )
         self._terms = (first, second)
+        self._largest_term = self._largest_sum = 0.0
+
+    @property
+    def relative_error(self) -> float:
+        """The terms' error; grown by their size over the sum's, as seen in the products so far, where they cancel."""
+        error = max(term.relative_error for term in self._terms)
+        return error * max(1.0, self._largest_term / self._largest_sum) if self._largest_sum > 0 else error
 
     def matmat(self, V: Tensor) -> Tensor:
-        return self._terms[0].matmat(V) + self._terms[1].matmat(V)
+        products = [term.matmat(V) for term in self._terms]
+        total = products[0] + products[1]
+        self._largest_term = max(self._largest_term, sum(_largest_gain(p, V) for p in products))
+        self._largest_sum = max(self._largest_sum, _largest_gain(total, V))
+        return total
 
     def start_vector(self) -> Tensor | None:
         return self._terms[0].start_vector()
+
+
+def _largest_gain(product: Tensor, V: Tensor) -> float:
+    """The largest ‖A v‖ / ‖v‖ over the columns."""
+    lengths = V.norm(dim=0)
+    return float((product.norm(dim=0) / torch.where(lengths > 0, lengths, torch.inf)).max()) if V.shape[1] else 0.0
 
 
 class ScaledOperator(LinearOperator):

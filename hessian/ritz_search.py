@@ -20,7 +20,7 @@ EXHAUSTIVE = 8
 EXHAUSTIVE_PER_PAIR = 3
 # Rows of the basis kept free for a proof, so also the most products of one.
 PROOF_ROWS = 24
-# Chance that a proof overlooks a hidden eigenvector, over 0.8.
+# A proof overlooks a hidden eigenvector with a probability of at most 0.8 times this.
 DOUBT = 0.01
 # A proof is about eigenvalues further out than the wanted ones by this share of |λ|max, or by `tol`.
 MARGIN = 1e-4
@@ -31,8 +31,6 @@ SINGLE_MARGIN = 0.05
 KEPT_SHARE = 0.35
 # Rounding in the basis and in each rotation of it, in units of ‖A‖.
 BASIS_EPS = 2
-# Directions whose parts across each other are below this count as parallel.
-PARALLEL = 1e-6
 # Where `tol` is out of reach: the residual to stop at, as a share of the floor.
 FLOOR_SHARE = 0.1
 

@@ -8,12 +8,29 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
+from torch.overrides import TorchFunctionMode
 
 from ..landscape.evaluation import Chunk
 from .engines import Engine
 
 # Vectors carried through one vmapped pass: memory grows with it.
 VMAPPED_VECTORS = 8
+
+
+class _PlainMeanSquares(TorchFunctionMode):
+    """Writes the mean of F.mse_loss out: forward mode through its backward fails in torch 2.13 ("ZeroTensors")."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.mse_loss and _takes_plain_mean(kwargs):
+            input, target = args if len(args) == 2 else (kwargs["input"], kwargs["target"])
+            return (input - target).square().mean()
+        return func(*args, **kwargs)
+
+
+def _takes_plain_mean(options: dict) -> bool:
+    others = ("size_average", "reduce", "weight")
+    return options.get("reduction", "mean") == "mean" and all(options.get(name) is None for name in others)
 
 
 class ForwardOverReverse(Engine):
@@ -50,6 +67,7 @@ class ForwardOverReverse(Engine):
         def product(*tangents: Tensor) -> tuple[Tensor, ...]:
             # The stand-ins stay until the backward pass is over: checkpointed layers run forward again in it.
             with ExitStack() as stack:
+                stack.enter_context(_PlainMeanSquares())
 
                 def loss(*own: Tensor) -> Tensor:
                     everything = list(t.detach() for t in theta)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -23,7 +25,12 @@ def as_batches(data: Any) -> Iterable[Any]:
     if isinstance(data, Tensor | Mapping):
         return [data]
     if isinstance(data, tuple):
-        return list(data) if data and all(isinstance(item, tuple | list | Mapping) for item in data) else [data]
+        if data and all(isinstance(item, tuple | list | Mapping) for item in data):
+            raise ValueError(
+                f"`data` is a tuple of {len(data)} {type(data[0]).__name__}s, which may be one nested batch or several; "
+                "pass [data] for one batch, or list(data) for several"
+            )
+        return [data]
     if isinstance(data, list):
         if not data:
             raise ValueError("`data` is an empty list; give at least one batch")
@@ -32,7 +39,7 @@ def as_batches(data: Any) -> Iterable[Any]:
                 f"`data` is a list of {len(data)} tensors, which may be one batch or several; "
                 "pass tuple(data) for one batch (inputs, targets), or [(t,) for t in data] for several"
             )
-        return data
+        return list(data)
     if isinstance(data, torch.utils.data.TensorDataset):
         return [data.tensors]
     if isinstance(data, Iterator):
@@ -55,12 +62,27 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
-        return {key: map_tensors(value, function) for key, value in batch.items()}
+        mapped = {key: map_tensors(value, function) for key, value in batch.items()}
+        return mapped if type(batch) is dict else _like(batch, mapped)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields = {f.name: map_tensors(getattr(batch, f.name), function) for f in dataclasses.fields(batch) if f.init}
+        return dataclasses.replace(batch, **fields)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(map_tensors(value, function) for value in batch))
     if isinstance(batch, tuple | list):
         return type(batch)(map_tensors(value, function) for value in batch)
     return batch
+
+
+def _like(batch: Mapping[Any, Any], mapped: dict[Any, Any]) -> Any:
+    """A mapping of the batch's own class with other values, where the class allows it (BatchEncoding does)."""
+    try:
+        copied: Any = copy.copy(batch)
+        for key, value in mapped.items():
+            copied[key] = value
+    except TypeError:
+        return mapped
+    return copied
 
 
 def tensors_of(batch: Any) -> list[Tensor]:
@@ -94,7 +116,8 @@ def digest(batch: Any, into: Any = None) -> Any:
     """SHA-256 over the contents of every tensor of a batch (continues `into` when given)."""
     sha = hashlib.sha256() if into is None else into
     for tensor in tensors_of(batch):
-        plain = tensor.detach().cpu().contiguous()
+        plain = tensor.detach().cpu()
+        plain = (plain if plain.layout == torch.strided else plain.to_dense()).contiguous()
         sha.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
         sha.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return sha
@@ -116,7 +139,7 @@ class Batches:
 
     def _place(self, tensor: Tensor) -> Tensor:
         target = self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype
-        placed = tensor.to(self._device, target)
+        placed = tensor.detach().to(self._device, target)
         # A tensor made under inference_mode cannot be saved for a backward pass; its clone can.
         return placed.clone() if placed.is_inference() else placed
 
@@ -140,4 +163,14 @@ class Batches:
             self._kept = batches
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._kept) if self._kept is not None else self.read()
+        if self._kept is None:
+            yield from self.read()
+        else:
+            # Fresh containers and aliases: what a loss does to its batch stays with it.
+            for batch in self._kept:
+                yield map_tensors(batch, torch.Tensor.detach)
+
+    def in_memory(self) -> list[Tensor]:
+        """The tensors behind batches that are the same ones at every pass; none for a loader that is read anew."""
+        source = self._kept if self._kept is not None else self._source if isinstance(self._source, list) else []
+        return [tensor for batch in source for tensor in tensors_of(batch)]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import CellType, CodeType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from .batches import digest
 
 
 def pair(batch: Any) -> tuple[Any, Any]:
@@ -42,11 +47,71 @@ def accepts(closure: Callable[..., Any], num: int) -> bool:
 
 
 def code_of(function: Any) -> bytes:
-    """Name and byte code of a function, or class and settings of a module: a loss changed means another objective."""
-    if function is None:
-        return b"none"
-    code = getattr(function, "__code__", None)
-    if code is not None:
-        constants = repr([c for c in code.co_consts if not inspect.iscode(c)])
-        return f"{function.__module__}.{function.__qualname__}{constants}".encode() + code.co_code
-    return repr(function).encode() if isinstance(function, nn.Module) else type(function).__qualname__.encode()
+    """What decides a user function's result, as bytes: its code, defaults and captured values, or a module's settings.
+
+    Used in fingerprints: another loss has to be another objective.
+    """
+    return "\n".join(_parts(function, set())).encode()
+
+
+def _parts(value: Any, seen: set[int]) -> Iterator[str]:
+    if isinstance(value, str | bytes | int | float | bool | complex | torch.dtype | torch.device) or value is None:
+        yield repr(value)
+        return
+    if id(value) in seen:
+        yield "again"
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield digest(value).hexdigest()
+    elif isinstance(value, CodeType):
+        yield f"{value.co_name} {value.co_names} {value.co_code.hex()}"
+        for constant in value.co_consts:
+            yield from _parts(constant, seen)
+    elif isinstance(value, functools.partial):
+        for part in (value.func, value.args, value.keywords):
+            yield from _parts(part, seen)
+    elif isinstance(value, nn.Module):
+        # Parameters are weights, which a fingerprint leaves out.
+        yield f"{type(value).__module__}.{type(value).__qualname__} {value!r}"
+        settings = {k: v for k, v in vars(value).items() if not k.startswith("_") and k != "training"}
+        for part in (settings, dict(value.named_buffers()) if not list(value.parameters()) else None):
+            yield from _parts(part, seen)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield repr(key)
+            yield from _parts(item, seen)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for item in value:
+            yield from _parts(item, seen)
+    elif inspect.ismethod(value):
+        yield from _parts(value.__func__, seen)
+        yield from _parts(value.__self__, seen)
+    elif inspect.isfunction(value):
+        yield f"{value.__module__}.{value.__qualname__}"
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
+        for part in (value.__code__, value.__defaults__, value.__kwdefaults__, cells):
+            yield from _parts(part, seen)
+    else:
+        yield f"{type(value).__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+        yield from _parts(getattr(value, "__dict__", None) if callable(value) else None, seen)
+
+
+def captured_modules(*functions: Any) -> list[nn.Module]:
+    """Modules that a function is or captures: their buffers and attributes have to be left alone as well."""
+    found: list[nn.Module] = []
+    for function in functions:
+        if isinstance(function, nn.Module):
+            found.append(function)
+        for cell in getattr(function, "__closure__", None) or ():
+            if _filled(cell) and isinstance(cell.cell_contents, nn.Module):
+                found.append(cell.cell_contents)
+    return found
+
+
+def _filled(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True

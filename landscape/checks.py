@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .batches import CACHED_BYTES, digest, examples, leading_size, tensors_of
+from .batches import CACHED_BYTES, digest, leading_size, map_tensors, tensors_of
+from .means import check_mean
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation
@@ -22,6 +23,10 @@ log = logging.getLogger("sharpscope")
 _said: set[str] = set()
 
 BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm,)
+# Functions of torch whose double backward is wrong: weight_norm's, on a CPU, in torch 2.13.
+MISTRUSTED = ("WeightNormInterface",)
+# Batches whose mean is verified in the first look.
+VERIFIED_BATCHES = 8
 DROPOUTS = (nn.modules.dropout._DropoutNd,)
 
 
@@ -69,12 +74,16 @@ def checked_loss(loss: Any, number: int, batch: Any = None, *, differentiable: b
     return loss.reshape(())
 
 
-def custom_functions(loss: Tensor) -> tuple[str, ...]:
-    """Names of the user's own `torch.autograd.Function`s in the graph of a loss.
+def custom_functions(loss: Tensor, parameters: Iterable[Tensor]) -> tuple[str, ...]:
+    """Names of the functions in the graph of a loss whose second derivatives cannot be taken on trust.
 
-    Their second derivatives cannot be taken on trust: through a `once_differentiable` backward,
-    `torch.autograd.grad` drops terms without a word.
+    These are the user's own `torch.autograd.Function`s (through a `once_differentiable` backward,
+    `torch.autograd.grad` drops terms without a word) and those of torch in `MISTRUSTED`.
+
+    Raises:
+        ValueError: the graph uses `parameters` themselves, for which copies stand in the model.
     """
+    live = {id(p) for p in parameters}
     found: set[str] = set()
     seen: set[object] = set()
     waiting = [loss.grad_fn]
@@ -83,8 +92,16 @@ def custom_functions(loss: Tensor) -> tuple[str, ...]:
         if node is None or node in seen:
             continue
         seen.add(node)
+        name = node.name()
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             found.add(type(node).__name__.removesuffix("Backward"))
+        elif name.startswith(MISTRUSTED):
+            found.add(name)
+        elif id(getattr(node, "variable", None)) in live:
+            raise ValueError(
+                "`loss` uses parameters of the model that it holds itself instead of those of the model it is given, so "
+                "derivatives would miss them; use model.parameters() of its first argument"
+            )
         waiting.extend(parent for parent, _ in node.next_functions)
     return tuple(sorted(found))
 
@@ -115,28 +132,28 @@ def first_look(objective: Evaluation) -> Look:
             _check_repeatable(objective, None, 0)
         return look
     watch = _AttentionWatch()
-    sizes, terms, losses, digests, kept = [], [], [], [], []
-    kept_bytes, first = 0, None
-    with objective.evaluation() as theta, torch.no_grad(), watch:
+    sizes, terms, losses, digests, kept, first_few = [], [], [], [], [], []
+    kept_bytes = 0
+    custom: set[str] = set()
+    # Until it is known that an evaluation changes neither batch nor weights in place, it gets copies of both.
+    objective._clone_leaves = True
+    live = [] if objective.model is None else list(objective.model.parameters())
+    with objective.evaluation() as theta, watch:
+        versions = [t._version for t in theta]
         for number, batch in enumerate(objective._batches.read()):
             sizes.append(_size(objective, batch, number))
             terms.append(objective._terms(batch, number))
-            first = batch if first is None and terms[-1] > 0 else first
             if objective._check:
-                value = (
-                    checked_loss(objective._evaluate(batch, theta), number, batch, differentiable=False)
-                    if terms[-1] > 0
-                    else torch.zeros(())
-                )
-                losses.append(float(value))
+                losses.append(_first_loss(objective, batch, number, theta, live, custom) if terms[-1] > 0 else 0.0)
                 digests.append(digest(batch).hexdigest())
+            if terms[-1] > 0 and len(first_few) < VERIFIED_BATCHES:
+                first_few.append((number, batch))
             kept_bytes += sum(t.nbytes for t in tensors_of(batch))
             if kept_bytes <= CACHED_BYTES:
                 kept.append(batch)
+        objective._clone_leaves = not objective._check or versions != [t._version for t in theta]
     if not sizes:
-        raise ValueError(
-            "`data` is empty: it yielded no batch; a loader can be read again only if it is not an iterator"
-        )
+        raise ValueError("`data` is empty: it yielded no batch; give at least one")
     total = torch.tensor(sum(terms), dtype=torch.float64, device=objective.device)
     total = float(objective.all_reduce(total))
     if total <= 0:
@@ -144,12 +161,37 @@ def first_look(objective: Evaluation) -> Look:
     look = Look(tuple(sizes), tuple(terms), total)
     _note(objective, watch.seen)
     if objective._check:
+        objective._custom_functions = tuple(sorted(custom))
         _check_data_repeat(objective, look, losses, digests)
-        _check_repeatable(objective, first, 0)
-        _check_mean(objective, look, first)
+        if first_few:
+            _check_repeatable(objective, first_few[0][1], first_few[0][0])
+        check_mean(objective, look.sizes, first_few)
     if len(kept) == len(sizes):
         objective._batches.keep(kept)
     return look
+
+
+def _first_loss(
+    objective: Evaluation,
+    batch: Any,
+    number: int,
+    theta: Sequence[Tensor],
+    live: Sequence[Tensor],
+    custom: set[str],
+) -> float:
+    """The loss of a copy of a batch; notices in-place changes, and functions that have to be verified."""
+    copied = map_tensors(batch, torch.clone)
+    before = [t._version for t in tensors_of(copied)]
+    tensors = tensors_of(copied)
+    loss = checked_loss(objective._evaluate(copied, theta), number, batch, differentiable=False)
+    if before != [t._version for t in tensors]:
+        raise ValueError(
+            f"`loss` changes the tensors of batch {number} in place, so no two evaluations see the same data; "
+            "work on a clone inside `loss`"
+        )
+    if loss.requires_grad:
+        custom.update(custom_functions(loss, live))
+    return float(loss.detach())
 
 
 def _size(objective: Evaluation, batch: Any, number: int) -> int:
@@ -183,16 +225,16 @@ def _check_data_repeat(objective: Evaluation, look: Look, losses: Sequence[float
     """The objective must be one number: a second pass over the data has to give it again."""
     assert objective._batches is not None
     again, digests_again, terms_again = [], [], []
-    with objective.evaluation() as theta, torch.no_grad():
+    with objective.evaluation() as theta:
         # Another random state: a loader that shuffles would repeat itself under the restored one.
-        torch.manual_seed(torch.initial_seed() + 1)
+        torch.default_generator.manual_seed(torch.initial_seed() + 1)
         np.random.seed(torch.initial_seed() % 2**32)
         random.seed(torch.initial_seed())
         for number, batch in enumerate(objective._batches.read()):
             digests_again.append(digest(batch).hexdigest())
             terms_again.append(objective._terms(batch, number))
             value = objective._evaluate(batch, theta) if terms_again[-1] > 0 else 0.0
-            again.append(float(value))
+            again.append(float(value.detach()) if isinstance(value, Tensor) else value)
     same_data = digests_again == list(digests)
     total = _weighted(objective, losses, look.terms)
     total_again = _weighted(objective, again, terms_again)
@@ -224,7 +266,6 @@ def _check_repeatable(objective: Evaluation, batch: Any, number: int) -> None:
         values, gradients = [], []
         for _ in range(2):
             loss = checked_loss(objective._evaluate(batch, theta), number, batch)
-            objective._custom_functions = custom_functions(loss)
             gradients.append(objective.join(torch.autograd.grad(loss, theta, allow_unused=True)))
             values.append(float(loss.detach()))
     difference = float((gradients[0] - gradients[1]).norm())
@@ -253,52 +294,4 @@ def _explain_randomness(objective: Evaluation, first: float, second: float) -> N
         f"the loss is not deterministic: {two}; the model or `loss` draws random numbers in mode={objective._mode!r} "
         "(noise, sampling, stochastic depth, F.dropout without training=False) or uses nondeterministic kernels: "
         "seed them inside `loss`, or switch them off"
-    )
-
-
-def _check_mean(objective: Evaluation, look: Look, batch: Any) -> None:
-    """Whether the loss of a batch is the count-weighted mean of the losses of its halves.
-
-    It matters where a batch is cut or where batches of unequal size are averaged, and only there.
-    """
-    cuts = objective._chunk_size is not None
-    # A count given by hand settles the weights of whole batches.
-    unequal = (len(set(look.terms)) > 1 or objective.group is not None) and not objective._count_given
-    size = look.sizes[0]
-    if not (cuts or unequal) or size < 2 or objective._reduction == "sum":
-        return
-    half = size // 2
-    parts = [examples(batch, 0, half, size), examples(batch, half, size, size)]
-    try:
-        with objective.evaluation() as theta, torch.no_grad():
-            whole = float(checked_loss(objective._evaluate(batch, theta), 0, differentiable=False))
-            counts = [objective._terms(part, 0) for part in parts]
-            values = [
-                float(checked_loss(objective._evaluate(part, theta), 0, differentiable=False)) if count > 0 else 0.0
-                for part, count in zip(parts, counts, strict=True)
-            ]
-    except Exception as error:
-        raise ValueError(
-            f"a batch cannot be cut into smaller ones: the loss fails on its first half with "
-            f"{type(error).__name__}: {error}; "
-            + ("use chunk_size=None" if cuts else "pass count=lambda batch: ... to say how much each batch weighs")
-        ) from error
-    mean = _weighted(objective, values, counts)
-    spread = max(abs(whole), *(abs(v) for v in values))
-    if abs(whole - mean) <= 1e3 * objective.coarsest_eps * spread:
-        return
-    statistics = objective.model is not None and any(isinstance(m, BATCH_STATISTICS) for m in objective.model.modules())
-    cause = (
-        "BatchNorm takes the statistics of each batch"
-        if statistics and objective._mode != "eval"
-        else "it is a sum, skips some terms (padding, ignored labels), or mixes examples"
-    )
-    cure = (
-        "use chunk_size=None"
-        if cuts
-        else "pass count=lambda batch: ... with the number of terms behind each batch's mean (or reduction='sum')"
-    )
-    raise ValueError(
-        f"the loss of a batch ({whole:.6g}) is not the mean over its examples (its halves give {mean:.6g}): {cause}; "
-        f"{cure}"
     )

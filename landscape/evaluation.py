@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .batches import Batches, examples, leading_size
-from .callables import pair
+from .batches import Batches, examples, leading_size, map_tensors
+from .callables import captured_modules, pair
 from .checks import checked_loss, first_look
 from .guard import MODES, plain_evaluation, substituted
 from .layout import Layout
@@ -73,6 +73,8 @@ class Evaluation:
         self._takes_arguments = True
         self._look: Any = None
         self._custom_functions: tuple[str, ...] | None = None
+        self._clone_leaves = False
+        self._others: list[nn.Module] | None = None
         self._resolved_chunk: int | None = chunk_size if isinstance(chunk_size, int) else None
         self.notes: list[str] = []
         parameters = self.parameters
@@ -82,7 +84,6 @@ class Evaluation:
         self.dtype = torch.float32
         for kind in kinds:
             self.dtype = torch.promote_types(self.dtype, kind)
-        self.coarsest_eps = max(torch.finfo(kind).eps for kind in kinds)
         self.device = next(iter(parameters.values())).device
 
     @property
@@ -97,6 +98,20 @@ class Evaluation:
                 f"the model lost its parameters {missing[:5]} since this Objective was made; make a new one"
             )
         return {name: named[name] for name in self._names}
+
+    @property
+    def coarsest_eps(self) -> float:
+        """Machine epsilon of the coarsest floating type that the parameters are evaluated in."""
+        kinds = {p.dtype for p in self.parameters.values()} if self._dtype is None else {self._dtype}
+        return max(torch.finfo(kind).eps for kind in kinds)
+
+    @property
+    def total_weight(self) -> float:
+        """Σ of the examples' weights: 1 for a mean, their number for a sum."""
+        look = self._first_look()
+        if self._reduction == "mean":
+            return 1.0
+        return float(self.all_reduce(torch.tensor(float(look.num_examples), device=self.device)))
 
     @property
     def captures_tensors(self) -> bool:
@@ -116,7 +131,11 @@ class Evaluation:
         `.grad` and no hook of the user's parameters fires.
         """
         with ExitStack() as stack:
-            stack.enter_context(plain_evaluation(self.model, self._mode, eager=self._eager))
+            others = self._other_modules()
+            stack.enter_context(plain_evaluation(self.model, self._mode, eager=self._eager, others=others))
+            for other in others:
+                copies = {id(buffer): cast(buffer, self._dtype).clone() for buffer in other.buffers()}
+                stack.enter_context(substituted(other, copies))
             leaves = theta is None or self.captures_tensors
             theta = stack.enter_context(self._leaves()) if leaves else tuple(theta or ())
             if self.model is not None:
@@ -143,7 +162,8 @@ class Evaluation:
     def _leaves(self) -> Iterator[tuple[Tensor, ...]]:
         tensors = tuple(self.parameters.values())
         if self._takes_arguments:
-            yield tuple(cast(full_tensor(p), self._dtype).requires_grad_() for p in tensors)
+            leaves = (cast(full_tensor(p), self._dtype) for p in tensors)
+            yield tuple((leaf.clone() if self._clone_leaves else leaf).requires_grad_() for leaf in leaves)
             return
         found = [tensor.requires_grad for tensor in tensors]
         for tensor in tensors:
@@ -153,6 +173,14 @@ class Evaluation:
         finally:
             for tensor, flag in zip(tensors, found, strict=True):
                 tensor.requires_grad_(flag)
+
+    def _other_modules(self) -> list[nn.Module]:
+        """Modules that the loss uses besides the model: a criterion, a teacher, those that a closure captures."""
+        if self._others is None:
+            own = set() if self.model is None else set(self.model.modules())
+            found = captured_modules(self._loss, self._predict, self._criterion, self._split)
+            self._others = [module for module in found if not own & set(module.modules())]
+        return self._others
 
     def _replacements(self, theta: Sequence[Tensor]) -> dict[int, Tensor]:
         assert self.model is not None
@@ -216,20 +244,36 @@ class Evaluation:
         total = self._first_look().total
         pieces = [examples(chunk.batch, i, i + 1, chunk.size) for i in range(chunk.size)]
         weights = [1.0 if self._reduction == "sum" else self._terms(piece, chunk.number) / total for piece in pieces]
+        if abs(sum(weights) - (chunk.size if self._reduction == "sum" else chunk.weight)) > 1e-6 * sum(weights):
+            raise ValueError(
+                f"`count` of a batch is not the sum over its examples (batch {chunk.number}); per-example quantities "
+                "need a count that can be cut: count=lambda batch: number of terms in the tensors it is given"
+            )
         losses = []
         if self._predict is not None:
-            prediction, targets = self.prediction(chunk)
-            whole = (prediction, targets)
+            whole = self.prediction(chunk)
             for i, weight in enumerate(weights):
                 if weight > 0:
-                    one, target = examples(whole, i, i + 1, chunk.size)
+                    one, target = map_tensors(whole, lambda t, i=i: _rows_of_example(t, i, chunk.size))
                     losses.append(checked_loss(self._criterion(one, target), chunk.number))  # type: ignore[misc]
         else:
             for piece, weight in zip(pieces, weights, strict=True):
                 if weight > 0:
                     losses.append(checked_loss(self._evaluate(piece, theta), chunk.number))
-        kept = [weight for weight in weights if weight > 0]
-        return torch.stack(losses), torch.tensor(kept, dtype=losses[0].dtype, device=losses[0].device)
+        values = torch.stack(losses)
+        kept = torch.tensor([w for w in weights if w > 0], dtype=values.dtype, device=values.device)
+        self._check_examples(chunk, theta, float((kept * values.detach()).sum()), float(values.detach().abs().max()))
+        return values, kept
+
+    def _check_examples(self, chunk: Chunk, theta: Sequence[Tensor], total: float, largest: float) -> None:
+        """The examples' losses must add up to the chunk's, or they are not what it is a mean of."""
+        whole = chunk.weight * float(self.chunk_loss(chunk, theta).detach())
+        share = chunk.size if self._reduction == "sum" else chunk.weight
+        if abs(whole - total) > 1e3 * self.coarsest_eps * share * max(largest, 1e-30):
+            raise ValueError(
+                f"the losses of the single examples of batch {chunk.number} add up to {total:.6g}, its own loss to "
+                f"{whole:.6g}: the loss mixes examples or is not their mean, so per-example gradients do not exist"
+            )
 
     def split(self, v: Tensor, theta: Sequence[Tensor]) -> list[Tensor]:
         """A flat vector over `theta` in the shapes, types and places of `theta`."""
@@ -260,10 +304,20 @@ class Evaluation:
         tensors = (
             list(self._tensors.values()) if self.model is None else [*self.model.parameters(), *self.model.buffers()]
         )
+        if self._batches is not None:
+            tensors += self._batches.in_memory()
         token: list[Any] = [content(tensor) for tensor in tensors]
+        if self._batches is None:
+            # A closure may use anything; its value tells most changes.
+            with self.evaluation() as theta:
+                token.append(float(self._evaluate(None, theta).detach()))
         if self.model is not None and self._mode == "keep":
             token.append(tuple(module.training for module in self.model.modules()))
         return tuple(token)
+
+    def knows_count(self, batch: Any) -> bool:
+        """Whether the terms behind a batch's mean are given by the user or follow from a known criterion."""
+        return self._count_given or (self._count is not None and self._count(batch) is not None)
 
     def _terms(self, batch: Any, number: int) -> float:
         counted = self._count(batch) if self._count is not None else None
@@ -298,3 +352,11 @@ class Evaluation:
             per_example = max(1, saved_bytes(graph) // few)
         # The backward of the graph allocates about as much again.
         return max(1, min(size, self.memory_budget // (2 * per_example)))
+
+
+def _rows_of_example(tensor: Tensor, i: int, size: int) -> Tensor:
+    """Rows of example `i` of `size`; predictions flattened to [size · length, ...] have several."""
+    if tensor.ndim == 0 or tensor.shape[0] % size:
+        return tensor
+    rows = tensor.shape[0] // size
+    return tensor[i * rows : (i + 1) * rows]

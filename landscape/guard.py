@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +34,14 @@ def rng_restored() -> Iterator[None]:
 def attributes_restored(model: nn.Module) -> Iterator[None]:
     """Restores every attribute of every module: training flags, caches, counters, cached RNN weights."""
     found = [(module, dict(module.__dict__)) for module in model.modules()]
+    members = [(holder, type(holder)(holder)) for module, _ in found for holder in _members(module)]
     try:
         yield
     finally:
+        for holder, before in members:
+            if list(holder) != list(before) or _replaced(holder, before):
+                holder.clear()
+                holder.update(before)
         for module, attributes in found:
             present = module.__dict__
             for name in present.keys() - attributes.keys():
@@ -43,6 +49,15 @@ def attributes_restored(model: nn.Module) -> Iterator[None]:
             for name, value in attributes.items():
                 if present.get(name) is not value:
                     present[name] = value
+
+
+def _members(module: nn.Module) -> tuple[Any, ...]:
+    """Where a module keeps its tensors and children by name."""
+    return (module._parameters, module._buffers, module._modules, module._non_persistent_buffers_set)
+
+
+def _replaced(holder: Any, before: Any) -> bool:
+    return isinstance(holder, dict) and any(holder[name] is not before[name] for name in before)
 
 
 @contextmanager
@@ -68,12 +83,15 @@ def substituted(model: nn.Module, replacements: Mapping[int, Tensor]) -> Iterato
 
 
 @contextmanager
-def plain_evaluation(model: nn.Module | None, mode: str, *, eager: bool = False) -> Iterator[None]:
+def plain_evaluation(
+    model: nn.Module | None, mode: str, *, eager: bool = False, others: Sequence[nn.Module] = ()
+) -> Iterator[None]:
     """Gradients on, autocast off, kernels that can be differentiated twice, `mode` set; all restored on leaving.
 
     Args:
         model: Whose attributes are restored; None when there is no module.
         mode: "eval", "train" or "keep" (the flags as they are).
+        others: Modules that the loss uses besides the model, a criterion for example; their attributes are restored.
         eager: Run functions under torch.compile uncompiled: compiled graphs refuse a second derivative.
     """
     with ExitStack() as stack:
@@ -86,6 +104,8 @@ def plain_evaluation(model: nn.Module | None, mode: str, *, eager: bool = False)
         # Flash and memory-efficient attention have no second derivative (pytorch#116350); the math kernel has.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_without_attention_fast_path())
+        for other in others:
+            stack.enter_context(attributes_restored(other))
         if model is not None:
             stack.enter_context(attributes_restored(model))
             if mode != "keep":

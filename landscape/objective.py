@@ -185,7 +185,8 @@ class Objective(Evaluation):
         """The user's own autograd functions on the way to the loss, whose second derivatives engines verify."""
         if self._custom_functions is None:
             with self.evaluation() as theta:
-                self._custom_functions = custom_functions(self.chunk_loss(next(self.chunks()), theta))
+                found = [custom_functions(self.chunk_loss(chunk, theta), ()) for chunk in self.chunks()]
+                self._custom_functions = tuple(sorted({name for names in found for name in names}))
         return self._custom_functions
 
     @property
@@ -196,10 +197,11 @@ class Objective(Evaluation):
     def loss(self) -> float:
         """L(θ) at the current weights."""
         self._first_look()
-        with self.evaluation() as theta, torch.no_grad():
+        with self.evaluation() as theta:
             total = torch.zeros((), dtype=torch.float64)
             for chunk in self.chunks():
-                value = checked_loss(self._evaluate(chunk.batch, theta), chunk.number, differentiable=False)
+                # With gradients on: a loss may differentiate inside itself, as physics-informed ones do.
+                value = checked_loss(self._evaluate(chunk.batch, theta), chunk.number, differentiable=False).detach()
                 total += chunk.weight * value.double().cpu()
         return float(self.all_reduce(total.to(self.device)))
 
@@ -227,7 +229,13 @@ class Objective(Evaluation):
         sha = hashlib.sha256()
         for item in (self._names, self.layout.shapes, self._mode, self._reduction, self.dtype):
             sha.update(repr(item).encode())
-        for function in (self._loss, self._predict, self._criterion, self._count if self._count_given else None):
+        for function in (
+            self._loss,
+            self._predict,
+            self._criterion,
+            self._split,
+            self._count if self._count_given else None,
+        ):
             sha.update(code_of(function))
         for batch in self._batches or ():
             digest(batch, sha)

@@ -54,6 +54,8 @@ def selected_parameters(model: nn.Module, params: Any) -> dict[str, Tensor]:
     if not chosen:
         raise ValueError("`params` selects no parameter; choose among " + ", ".join(map(repr, list(named)[:8])))
     for name, p in chosen.items():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ValueError(f"parameter {name!r} of a lazy module has no shape yet; run the model once first")
         if not p.is_floating_point():
             raise ValueError(
                 f"parameter {name!r} has dtype {p.dtype}; curvature needs real floating parameters: "
