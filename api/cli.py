@@ -171,16 +171,16 @@ def analyze_command(
     table = result.table()
     rows = [
         (
-            str(row.step),
-            row.quantity,
-            row.block,
-            str(row.index),
-            f"{row.value:.6g}",
-            f"{row.error:.1g}",
-            _yes(row.converged),
+            str(row["step"]),
+            row["quantity"],
+            row["block"],
+            str(row["index"]),
+            f"{row['value']:.6g}",
+            f"{row['error']:.1g}",
+            _yes(row["converged"]),
         )
-        for row in table.itertuples()
-        if row.step in steps
+        for row in table.to_dict("records")
+        if row["step"] in steps
     ]
     show(str(result.folder), ("step", "quantity", "block", "index", "value", "error", "converged"), rows)
     if found.failed:
@@ -233,7 +233,7 @@ def doctor_command(
     from .dynamics.subject import subject
     from .dynamics.workloads import workload as built_in
 
-    options = {} if mode is None else {"mode": mode}
+    options: dict[str, Any] = {} if mode is None else {"mode": mode}
     if model is None:
         if data is not None or criterion is not None or loss is not None:
             raise ValueError("`--model` is missing; --data, --criterion and --loss describe a model of your own")

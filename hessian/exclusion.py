@@ -42,11 +42,11 @@ class RandomRun:
         """The same run for −A."""
         return RandomRun(self.needed, [-a for a in self.alpha], self.beta)
 
-    def top(self) -> float:
-        """Largest Ritz value."""
+    def ritz_values(self) -> list[float]:
+        """Descending."""
         off = torch.tensor(self.beta[:-1], dtype=torch.float64)
         T = torch.diag(torch.tensor(self.alpha, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
-        return float(torch.linalg.eigvalsh(T)[-1])
+        return torch.linalg.eigvalsh(T).flip(0).tolist()
 
     def excludes(self, mu: float) -> bool:
         """No eigenvalue is at μ, nor further out if μ lies beyond the Ritz values."""
@@ -63,7 +63,7 @@ class RandomRun:
 
     def upper_bound(self, limit: float) -> float | None:
         """The least μ beyond the Ritz values from which on all is excluded; None if that is not below `limit`."""
-        low, high = self.top(), limit
+        low, high = self.ritz_values()[0], limit
         if low >= limit or not self.excludes(limit):
             return None
         for _ in range(BISECTIONS):

@@ -203,9 +203,7 @@ class SumOperator(LinearOperator):
         same = (first.shape, first.dtype, first.device) == (second.shape, second.dtype, second.device)
         if not same:
             raise ValueError(f"cannot add {first!r} and {second!r}: shape, dtype and device must agree")
-        super().__init__(
-            first.shape[0], dtype=first.dtype, device=first.device, layout=first.layout or second.layout
-        )
+        super().__init__(first.shape[0], dtype=first.dtype, device=first.device, layout=first.layout or second.layout)
         self._terms = (first, second)
         self._largest_term = self._largest_sum = 0.0
 

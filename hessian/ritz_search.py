@@ -100,7 +100,7 @@ class RitzPairs:
 
 class Outcome(Enum):
     PROVED = "nothing is hidden"
-    MISSED = "something wanted turned up"
+    AGAIN = "something turned up that belongs in the basis: try again in what is left"
     OPEN = "the budget or the basis ended first"
 
 
@@ -135,6 +135,7 @@ class RitzSearch:
         self._draw, self._exhausted = draw, exhausted
         self._n = krylov.rows.shape[1]
         self._asymmetry = 0.0
+        self._products_of_proofs = 0
         self._exhaustive = ends.want_all(self._n) and krylov.capacity == self._n
 
     def run(self) -> bool:
@@ -144,7 +145,7 @@ class RitzSearch:
             if self._ends.num == 1:
                 return self._proved_by_own_run(self.pairs())
             outcome = self._probe()
-            if outcome is not Outcome.MISSED:
+            if outcome is not Outcome.AGAIN:
                 return outcome is Outcome.PROVED
             settled = self._solve()
         return self.krylov.size == self._n
@@ -233,8 +234,9 @@ class RitzSearch:
         self._make_room(PROOF_ROWS)
         run = RandomRun(self._n / DOUBT**2)
         direction, in_run, last = krylov.add(self._draw()), True, 0
-        while direction is not None and not krylov.is_full and not self._exhausted():
+        while direction is not None and not (krylov.is_full or self._exhausted() or self._proof_is_too_long()):
             krylov.expand(direction)
+            self._products_of_proofs += 1
             if in_run:
                 last = krylov.size - 1
                 remainder = float(torch.linalg.vector_norm(krylov.coefficients[last + 1 :, last]))
@@ -242,12 +244,16 @@ class RitzSearch:
                 run.beta.append(remainder if remainder > krylov.noise else 0.0)
             pairs = self.pairs()
             if not pairs.have_converged(self._tol):
-                return Outcome.MISSED
+                return Outcome.AGAIN
             step = self._judge(run, pairs, following=krylov.coefficients[krylov.size :, last])
             if isinstance(step, Outcome):
                 return step
             direction, in_run = step
         return Outcome.OPEN
+
+    def _proof_is_too_long(self) -> bool:
+        """It may double the products: where the spectrum is crowded at the edge, a proof can take any number."""
+        return self._products_of_proofs >= max(PROOF_ROWS, self.krylov.products - self._products_of_proofs)
 
     def _judge(self, run: RandomRun, pairs: RitzPairs, *, following: Tensor) -> Outcome | tuple[Tensor, bool]:
         """What the run shows so far; or the pending direction [p] to multiply next, and whether it continues the run.
@@ -258,15 +264,21 @@ class RitzSearch:
         obstacle, run_on = None, False
         for sign, edge in self._ends.edges(pairs.theta[: pairs.num]):
             side = run if sign > 0 else run.mirrored()
-            limit, top = edge + max(self._tol, MARGIN) * pairs.scale + pairs.floor, side.top()
+            top, *lower = side.ritz_values()
+            limit = edge + max(self._tol, MARGIN) * pairs.scale + pairs.floor
             if top > limit:
-                return Outcome.MISSED
+                return Outcome.AGAIN
             bound, lifted = side.upper_bound(limit), lift(sign * others, coupling, limit)
-            if bound is None or lifted > limit - bound:
+            if bound is not None and lifted <= limit - bound:
+                continue
+            if bound is None or lifted <= limit - top:
                 # A longer run lowers the bound, at best to its top Ritz value.
-                run_on |= bound is None or lifted <= limit - top
-                weighted = coupling / (limit - sign * others).sqrt()
-                obstacle = weighted[:, weighted.norm(dim=0).argmax()] if len(others) else following
+                run_on = True
+            elif lower and lifted <= limit - lower[0]:
+                # Its top Ritz value is in the way, a copy of the edge perhaps; the next run will not have it.
+                return Outcome.AGAIN
+            weighted = coupling / (limit - sign * others).sqrt()
+            obstacle = weighted[:, weighted.norm(dim=0).argmax()] if len(others) else following
         if obstacle is None:
             return Outcome.PROVED
         if run.has_ended:

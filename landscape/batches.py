@@ -27,8 +27,8 @@ def as_batches(data: Any) -> Iterable[Any]:
     if isinstance(data, tuple):
         if data and all(isinstance(item, tuple | list | Mapping) for item in data):
             raise ValueError(
-                f"`data` is a tuple of {len(data)} {type(data[0]).__name__}s, which may be one nested batch or several; "
-                "pass [data] for one batch, or list(data) for several"
+                f"`data` is a tuple of {len(data)} {type(data[0]).__name__}s, which may be one nested batch or "
+                "several; pass [data] for one batch, or list(data) for several"
             )
         return [data]
     if isinstance(data, list):

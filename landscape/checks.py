@@ -99,8 +99,8 @@ def custom_functions(loss: Tensor, parameters: Iterable[Tensor]) -> tuple[str, .
             found.add(name)
         elif id(getattr(node, "variable", None)) in live:
             raise ValueError(
-                "`loss` uses parameters of the model that it holds itself instead of those of the model it is given, so "
-                "derivatives would miss them; use model.parameters() of its first argument"
+                "`loss` uses parameters of the model that it holds itself instead of those of the model it is given, "
+                "so derivatives would miss them; use model.parameters() of its first argument"
             )
         waiting.extend(parent for parent, _ in node.next_functions)
     return tuple(sorted(found))

@@ -42,10 +42,12 @@ def check_mean(objective: Evaluation, sizes: Sequence[int], batches: Sequence[tu
     if several:
         first_number, first = batches[0]
         for number, batch in batches[1:]:
+            few = [min(2, sizes[first_number]), min(2, sizes[number])]
             parts = [
-                examples(b, 0, min(2, sizes[n]), sizes[n]) for n, b in ((first_number, first), (number, batch))
+                examples(first, 0, few[0], sizes[first_number]),
+                examples(batch, 0, few[1], sizes[number]),
             ]
-            joined = _joined(*parts, min(2, sizes[first_number]), min(2, sizes[number]))
+            joined = _joined(parts[0], parts[1], few[0], few[1])
             if joined is None:
                 raise ValueError(
                     f"batches {first_number} and {number} hold tensors of different shapes, so nothing tells whether "

@@ -123,7 +123,7 @@ def pairs_scale(pairs: EigenPairs, d, which):
     ("leading", "num"),
     [
         ((5.0, 5.0, 5.0), 3),
-        ((5.0, 5.0, 5.0), 5),
+        ((5.0, 5.0, 5.0, 2.0, 1.5), 5),
         ((5.0, 5.0, 5.0), 2),
         ((5.0, 4.0, 4.0, 3.0), 4),
         ((5.0, 4.0, 4.0, 3.0), 2),
@@ -144,7 +144,7 @@ def test_copies_are_not_made_up():
     """400 products at one end, with restarts: simple eigenvalues stay simple."""
     d = spectrum(5.0, 4.0, 3.0, n=1000)
     with pytest.warns(NotConvergedWarning):
-        pairs = top_eigenvalues(Diagonal(d), 12, tol=1e-13, max_products=400, basis_size=40)
+        pairs = top_eigenvalues(Diagonal(d), 6, tol=1e-15, max_products=400, basis_size=40)
     assert torch.allclose(pairs.values[:4], torch.tensor([5.0, 4.0, 3.0, 0.7]).double(), atol=1e-6)
 
 
@@ -261,7 +261,7 @@ def test_value_bounds_are_sharper_and_hold_on_a_separated_spectrum():
 def test_few_products_where_the_spectrum_is_like_a_network_s():
     """Ten outliers over a bulk a hundred times smaller, and a gradient made of the outliers."""
     generator = torch.Generator().manual_seed(0)
-    d = 0.05 * torch.randn(100_000, generator=generator) ** 3
+    d = 0.005 * torch.randn(100_000, generator=generator) ** 3
     d[:10] = torch.tensor([10, 6, 4, 3, 2.5, 2, 1.7, 1.4, 1.2, 1.0])
     gradient = d * torch.randn(100_000, generator=generator)
     op = Diagonal(d, gradient)
@@ -308,7 +308,7 @@ def test_the_budget_is_kept_and_the_best_answer_returned():
     assert not pairs.verified
     assert "NOT converged, 15 products" in str(pairs)
     assert float(pairs.values[0]) == pytest.approx(1.0, abs=0.1)
-    least = top_eigenvalues(Diagonal(spectrum(9.0)), 1, tol=1.0, max_products=1, verify=False)
+    least = top_eigenvalues(Diagonal(spectrum(9.0)), 1, tol=10.0, max_products=1, verify=False)
     assert least.products == 1
 
 
