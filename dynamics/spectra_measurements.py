@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ..hessian.block_spectra import block_spectra
@@ -148,7 +149,8 @@ class BlockSpectra:
 
     Rows: "block_sharpness" for each block, its largest eigenvalue with the residual bound; and one under the
     measurement's name, the mean Jensen-Shannon divergence between blocks in nats, with arrays "js_divergence"
-    [B, B] and for each block "NAME/nodes" and "NAME/weights", the eigenvalues found and their shares.
+    [B, B] and for each block "NAME/nodes" and "NAME/weights", the eigenvalues found and their shares, and
+    "NAME/size_and_noise" [2], its number of coordinates and the magnitude at which eigenvalues cannot be told from 0.
 
     Args:
         every: Period in steps.
@@ -184,6 +186,7 @@ class BlockSpectra:
         arrays = {"js_divergence": spectra.js_divergence()}
         for block, spectrum in spectra.items():
             arrays[f"{block}/nodes"], arrays[f"{block}/weights"] = spectrum.atoms()
+            arrays[f"{block}/size_and_noise"] = torch.tensor([spectrum.size, spectrum.noise], dtype=torch.float64)
             yield Row(
                 "block_sharpness",
                 float(spectrum.top[0]),

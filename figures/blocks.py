@@ -35,10 +35,10 @@ LARGEST_DISTANCE = math.sqrt(math.log(2))
 
 
 class Panel(NamedTuple):
-    """One block: nodes and weights [p, k] of p probes, or of one exact row; `size` is None where it is not known."""
+    """One block: nodes and weights [p, k] of p probes, or of one exact row; `size` coordinates."""
 
     name: str
-    size: int | None
+    size: int
     nodes: np.ndarray
     weights: np.ndarray
     top: float
@@ -169,10 +169,9 @@ def _panels(source: BlockSpectra | Trajectory, step: int | None) -> list[Panel]:
     panels = []
     for name in names:
         nodes, weights = (torch.atleast_2d(arrays[f"{name}/{part}"]).double().numpy() for part in ("nodes", "weights"))
-        exact = np.allclose(weights, weights[0, 0])  # all eigenvalues, which weigh the same
-        size = nodes.size if exact else None
+        size, noise = arrays[f"{name}/size_and_noise"].tolist()
         top, converged = tops[name]
-        panels.append(Panel(name, size, nodes, weights, float(top), bool(converged), 0.0))
+        panels.append(Panel(name, int(size), nodes, weights, float(top), bool(converged), noise))
     return panels
 
 
@@ -241,10 +240,8 @@ def _halves(panel: Panel, grid: np.ndarray) -> list[tuple[np.ndarray, np.ndarray
 
 
 def _lightest(panel: Panel) -> float:
-    """The share of a single eigenvalue; where the size is not known, of a light node."""
-    if panel.size is not None:
-        return 1 / panel.size
-    return max(float(np.quantile(panel.weights[panel.weights > 0], 0.25)), 1e-7)
+    """The share of a single eigenvalue."""
+    return 1 / panel.size
 
 
 def _empty(ax: Axes) -> None:
@@ -290,8 +287,7 @@ def _draw(
     if zero > 0.0005:
         note = ax.text(0.03, 0.04, f"{100 * zero:.3g} % ≈ 0", transform=ax.transAxes, va="bottom", fontsize="xx-small")
         note.set(color=GREY, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})
-    if panel.size is not None:
-        ax.set_title(f"n = {panel.size:,}", loc="right", fontsize="xx-small", color=GREY, pad=2)
+    ax.set_title(f"n = {panel.size:,}", loc="right", fontsize="xx-small", color=GREY, pad=2)
     ax.set_title(_shortened(panel.name), loc="left", fontsize="small", pad=2)
     ax.spines[["top", "right"]].set_visible(False)
     ax.xaxis.set_major_locator(LogLocator(numticks=6))

@@ -156,7 +156,7 @@ class Quadratic:
         return Point(step, objective, **options)
 
 
-@pytest.mark.parametrize(("verify", "share"), [(True, 0.75), (False, 0.6)])
+@pytest.mark.parametrize(("verify", "share"), [(True, 0.9), (False, 0.75)])
 def test_a_warm_start_saves_products_where_the_spectrum_moves_slowly(verify, share):
     problem, state, products = Quadratic(), {}, []
     values = torch.linspace(-1, 1, 200, dtype=torch.float64)

@@ -44,6 +44,7 @@ def run(make_run, spectra):
         arrays = {"js_divergence": spectra.js_divergence()}
         for name, spectrum in spectra.items():
             arrays[f"{name}/nodes"], arrays[f"{name}/weights"] = spectrum.atoms()
+            arrays[f"{name}/size_and_noise"] = torch.tensor([spectrum.size, spectrum.noise], dtype=torch.float64)
             sure = spectrum.converged and name != "second.bias"
             yield Row("block_sharpness", float(spectrum.top[0]), block=name, converged=sure)
         yield Row("heterogeneity", 0.1, arrays=arrays)
@@ -153,8 +154,10 @@ def test_a_long_name_loses_its_middle(make_run, spectra):
 
     def rows(step):
         nodes, weights = spectra["second.weight"].atoms()
+        facts = torch.tensor([spectra["second.weight"].size, 0.0])
+        arrays = {f"{name}/nodes": nodes, f"{name}/weights": weights, f"{name}/size_and_noise": facts}
         yield Row("block_sharpness", 1.0, block=name)
-        yield Row("heterogeneity", 0.0, arrays={f"{name}/nodes": nodes, f"{name}/weights": weights})
+        yield Row("heterogeneity", 0.0, arrays=arrays)
 
     (title,) = panels(block_spectra_grid(make_run(rows=rows)))
     start, end = title.split("…")
@@ -170,7 +173,7 @@ def test_the_grid_of_a_trajectory(run, spectra):
     assert artist(drawn["second.weight"], "top").get_markerfacecolor() != "white"
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["largest eigenvalue", "not converged"]
     assert drawn["second.weight"].get_title(loc="right") == "n = 30"
-    assert drawn["first.weight"].get_title(loc="right") == ""  # quadrature nodes do not tell the size
+    assert drawn["first.weight"].get_title(loc="right") == "n = 60"
 
 
 def test_both_figures_in_given_axes(spectra):
