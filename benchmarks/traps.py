@@ -1,6 +1,6 @@
 """The trap suite on sharpscope and its peers: writes results/traps.json and results/traps.md beside this file.
 
-Run it in an environment that holds all of them (`pip install -e '.[peers]'`). Every tool has a process of its own, so
+Run it in an environment that holds all of them (see README.md). Every tool has a process of its own, so
 that none meets what another left behind.
 """
 

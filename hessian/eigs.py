@@ -102,7 +102,8 @@ def top_eigenvalues(
         start: Vector [n], or several [n, k], rich in the wanted directions: eigenvectors of a similar operator, say.
             A little noise is added. By default the operator's `start_vector()` and some noise.
         seed: Of all random vectors. Equal seeds give equal results, and global generators are left alone.
-        verify: Spend some products (typically 3 to 8, for num ≥ 2) on `verified`.
+        verify: Spend products on `verified`: one or two for num = 1, else 3 to 8 on most networks, and at most 24 or as
+            many as the search. Without it a converged value can be the wrong eigenvalue, at loose `tol` above all.
         basis_size: Most vectors [n] to hold. By default max(40, 2 num + 20) and 24 for the verification in at most
             4 GiB, and up to 200 in at most 256 MiB.
         progress: Show a progress bar.

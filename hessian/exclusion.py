@@ -6,7 +6,7 @@ probability 1 − 0.8 δ, so every μ with Σ_i p_i(μ)² > n/δ² is then exclu
 every step as the error of a Krylov method falls.
 
 Source: van Dorsselaer, Hochstenbach, van der Vorst, Computing probabilistic bounds for extreme eigenvalues of
-symmetric matrices with the Lanczos method, SIAM J. Matrix Anal. Appl. 22, 2001, section 3.
+symmetric matrices with the Lanczos method, SIAM J. Matrix Anal. Appl. 22, 2001.
 """
 
 from __future__ import annotations

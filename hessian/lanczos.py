@@ -213,7 +213,8 @@ def checked_vector(op: LinearOperator, v: Tensor, name: str) -> Tensor:
         raise TypeError(f"`{name}` is a {type(v).__name__}; pass a torch tensor of shape [{op.shape[0]}]")
     if v.shape != (op.shape[0],):
         raise ValueError(f"`{name}` has shape {list(v.shape)}; it must be [{op.shape[0]}]")
-    if v.dtype != op.dtype or v.device != op.device:
+    # "cuda" means the current GPU, whose tensors say "cuda:0".
+    if v.dtype != op.dtype or v.device != torch.empty(0, device=op.device).device:
         raise ValueError(
             f"`{name}` is {v.dtype} on {v.device}; {op!r} works in {op.dtype} on {op.device}: use {name}.to(...)"
         )

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .state import num_bytes
+
 # A loader is kept in memory after its first pass when its batches are smaller than this: products re-read the data.
 CACHED_BYTES = 1 << 30
 
@@ -74,10 +76,18 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return batch
 
 
+def fresh_containers(batch: Any) -> Any:
+    """The same tensors in new containers, so that a loss may take items out of its batch."""
+    return map_tensors(batch, lambda t: t)
+
+
 def _like(batch: Mapping[Any, Any], mapped: dict[Any, Any]) -> Any:
     """A mapping of the batch's own class with other values, where the class allows it (BatchEncoding does)."""
     try:
         copied: Any = copy.copy(batch)
+        # A copy may share the dictionary behind its items with the original.
+        held = getattr(copied, "__dict__", {})
+        held.update({name: copy.copy(item) for name, item in held.items() if isinstance(item, dict | list)})
         for key, value in mapped.items():
             copied[key] = value
     except TypeError:
@@ -158,7 +168,7 @@ class Batches:
 
     def keep(self, batches: list[Any]) -> None:
         """Serve later passes from these batches, when the source is not in memory already and they are small."""
-        small = sum(t.nbytes for batch in batches for t in tensors_of(batch)) <= CACHED_BYTES
+        small = sum(num_bytes(t) for batch in batches for t in tensors_of(batch)) <= CACHED_BYTES
         if small and not isinstance(self._source, list):
             self._kept = batches
 

@@ -98,14 +98,33 @@ def _parts(value: Any, seen: set[int]) -> Iterator[str]:
 
 
 def captured_modules(*functions: Any) -> list[nn.Module]:
-    """Modules that a function is or captures: their buffers and attributes have to be left alone as well."""
+    """Modules that a function is or reaches: their buffers and attributes have to be left alone as well.
+
+    It reaches what it captures, its defaults, bound arguments and the attributes of the object it belongs to.
+    """
     found: list[nn.Module] = []
-    for function in functions:
-        if isinstance(function, nn.Module):
-            found.append(function)
-        for cell in getattr(function, "__closure__", None) or ():
-            if _filled(cell) and isinstance(cell.cell_contents, nn.Module):
-                found.append(cell.cell_contents)
+    seen: set[int] = set()
+    waiting: list[Any] = list(functions)
+    while waiting:
+        value = waiting.pop(0)
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            found.append(value)
+        elif isinstance(value, functools.partial):
+            waiting += [value.func, *value.args, *value.keywords.values()]
+        elif inspect.ismethod(value):
+            waiting += [value.__func__, *getattr(value.__self__, "__dict__", {}).values(), value.__self__]
+        elif inspect.isfunction(value):
+            waiting += [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
+            waiting += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        elif type(value) in (list, tuple):
+            waiting += value
+        elif type(value) is dict:
+            waiting += value.values()
+        elif callable(value) and not isinstance(value, type):
+            waiting += getattr(value, "__dict__", {}).values()
     return found
 
 

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .batches import CACHED_BYTES, digest, leading_size, map_tensors, tensors_of
 from .means import check_mean
+from .state import content, num_bytes
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation
@@ -148,7 +149,7 @@ def first_look(objective: Evaluation) -> Look:
                 digests.append(digest(batch).hexdigest())
             if terms[-1] > 0 and len(first_few) < VERIFIED_BATCHES:
                 first_few.append((number, batch))
-            kept_bytes += sum(t.nbytes for t in tensors_of(batch))
+            kept_bytes += sum(num_bytes(t) for t in tensors_of(batch))
             if kept_bytes <= CACHED_BYTES:
                 kept.append(batch)
         objective._clone_leaves = not objective._check or versions != [t._version for t in theta]
@@ -181,10 +182,10 @@ def _first_loss(
 ) -> float:
     """The loss of a copy of a batch; notices in-place changes, and functions that have to be verified."""
     copied = map_tensors(batch, torch.clone)
-    before = [t._version for t in tensors_of(copied)]
     tensors = tensors_of(copied)
+    before = [content(t) for t in tensors]
     loss = checked_loss(objective._evaluate(copied, theta), number, batch, differentiable=False)
-    if before != [t._version for t in tensors]:
+    if before != [content(t) for t in tensors]:
         raise ValueError(
             f"`loss` changes the tensors of batch {number} in place, so no two evaluations see the same data; "
             "work on a clone inside `loss`"

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .batches import Batches, examples, leading_size, map_tensors
+from .batches import Batches, examples, fresh_containers, leading_size, map_tensors
 from .callables import captured_modules, pair
 from .checks import checked_loss, first_look
 from .guard import MODES, plain_evaluation, substituted
@@ -220,7 +220,7 @@ class Evaluation:
     def _evaluate(self, batch: Any, theta: Sequence[Tensor]) -> Tensor:
         if self._batches is None:
             return self._loss(*theta) if self._takes_arguments else self._loss()
-        return self._loss(self.model, batch)
+        return self._loss(self.model, fresh_containers(batch))
 
     def prediction(self, chunk: Chunk) -> tuple[Tensor, Any]:
         """Prediction tensor and targets of a chunk (supervised form); call inside `evaluation`."""
@@ -228,7 +228,7 @@ class Evaluation:
             raise ValueError(
                 "this operator needs predictions apart from the loss; make the objective with Objective.supervised"
             )
-        inputs, targets = self._split(chunk.batch)
+        inputs, targets = self._split(fresh_containers(chunk.batch))
         prediction = self._predict(self.model, inputs)
         if not isinstance(prediction, Tensor):
             raise TypeError(

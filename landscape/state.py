@@ -27,7 +27,7 @@ def content(tensor: Tensor) -> tuple:
     local = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     plain = local.detach()
     if plain.layout != torch.strided:
-        plain = plain.coalesce().values()
+        return tuple(content(part) for part in sparse_parts(plain))
     version = 0 if plain.is_inference() else plain._version
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(plain.element_size(), torch.uint8)
     bits = plain.contiguous().reshape(-1).view(words)
@@ -35,3 +35,18 @@ def content(tensor: Tensor) -> tuple:
     table = bits[:whole].view(-1, COLUMNS)
     sums = [bits[whole:], table.sum(0, dtype=torch.int64), table.sum(1, dtype=torch.int64)]
     return (plain.data_ptr(), version, *(hash(part.cpu().numpy().tobytes()) for part in sums))
+
+
+def sparse_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Indices and values of a sparse tensor of any layout."""
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+
+
+def num_bytes(tensor: Tensor) -> int:
+    """Memory behind a tensor; `nbytes` does not exist for sparse ones."""
+    parts = (tensor,) if tensor.layout == torch.strided else sparse_parts(tensor)
+    return sum(part.numel() * part.element_size() for part in parts)

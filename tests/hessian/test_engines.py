@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sharpscope import Hessian, Objective, partition
+from sharpscope.hessian import NotTwiceDifferentiable
 from torch import nn
 
 ENGINES = ("double-backward", "forward-over-reverse", "finite-difference")
@@ -158,3 +159,117 @@ def test_refusals(mlp):
     singular = Objective.from_closure(lambda x: x.norm() + x.square().sum().sqrt() ** 0.5, torch.zeros(3), check=False)
     with pytest.raises(ValueError, match="not finite"):
         Hessian(singular, engine="double-backward") @ torch.ones(3)
+
+
+class Normalised(nn.Module):
+    """tanh and two layers whose weights are g v / |v|, written out."""
+
+    def __init__(self, model):
+        super().__init__()
+        own = lambda t: nn.Parameter(t.detach().clone())
+        # The order of named_parameters in the parametrised model: bias, g, v.
+        self.tensors = nn.ParameterList(
+            own(t)
+            for layer in (model[0], model[2])
+            for t in (layer.bias, layer.parametrizations.weight.original0, layer.parametrizations.weight.original1)
+        )
+
+    def forward(self, x):
+        for first, activation in ((0, torch.tanh), (3, lambda z: z)):
+            bias, g, v = (self.tensors[first + i] for i in range(3))
+            x = activation(x @ (g * v / v.square().sum(1, keepdim=True).sqrt()).T + bias)
+        return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_weight_norm_against_its_formula(dense_hessian, dtype):
+    torch.manual_seed(0)
+    norm = torch.nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(norm(nn.Linear(4, 6)), nn.Tanh(), norm(nn.Linear(6, 3))).to(dtype)
+    for layer in (model[0], model[2]):
+        layer.parametrizations.weight.original0.data.mul_(1.7)
+    x, y = torch.randn(20, 4, dtype=dtype), torch.randint(0, 3, (20,))
+    explicit = Normalised(model).double()
+    torch.testing.assert_close(explicit(x.double()), model(x).double(), rtol=1e-5, atol=1e-5)
+    exact = dense_hessian(lambda: F.cross_entropy(explicit(x.double()), y), explicit.parameters())
+    hessian = Hessian(Objective.supervised(model, nn.CrossEntropyLoss(), (x, y)))
+    V = torch.randn(exact.shape[0], 3, dtype=torch.float64)
+    error = torch.linalg.matrix_norm((hessian @ V.to(dtype)).double() - exact @ V, 2)
+    # Differences state the error along the gradient; random directions may be a few times worse.
+    allowed = 4 * hessian.relative_error if hessian.engine.name == "finite-difference" else hessian.relative_error
+    assert float(error) <= allowed * float(torch.linalg.matrix_norm(exact, 2) * V.norm())
+    assert hessian.relative_error < (1e-6 if dtype == torch.float64 else 0.05)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("form", ["batch", "list", "dataset"])
+def test_data_changed_in_place_between_products_is_noticed(mlp, dense_hessian, engine, form):
+    model, (x, y) = mlp
+    data = {
+        "batch": (x, y),
+        "list": [(x[:30], y[:30]), (x[30:], y[30:])],
+        "dataset": torch.utils.data.TensorDataset(x, y),
+    }[form]
+    hessian = Hessian(Objective.supervised(model, nn.CrossEntropyLoss(), data), engine=engine)
+    v = torch.ones(hessian.shape[0], dtype=torch.float64)
+    hessian @ v
+    for change in (lambda: x.data.mul_(1.5), lambda: y.data.copy_(y.flip(0)), lambda: x.data.copy_(x.flip(0))):
+        change()
+        exact = dense_hessian(lambda: F.cross_entropy(model(x), y), model.parameters())
+        torch.testing.assert_close(hessian @ v, exact @ v, rtol=1e-7, atol=1e-8)
+
+
+MEAN_SQUARES = {
+    "module": nn.MSELoss(),
+    "function": F.mse_loss,
+    "sum": nn.MSELoss(reduction="sum"),
+    "inside a function": lambda z, y: F.mse_loss(input=z, target=y) + F.mse_loss(z, y, reduction="sum") / z.numel(),
+}
+
+
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+@pytest.mark.parametrize("criterion", MEAN_SQUARES)
+def test_mean_squares_under_every_engine(mlp, dense_hessian, engine, criterion):
+    model, (x, y) = mlp
+    criterion, target = MEAN_SQUARES[criterion], F.one_hot(y, 3).double()
+    exact = dense_hessian(lambda: criterion(model(x), target), model.parameters())
+    hessian = Hessian(Objective.supervised(model, criterion, (x, target)), engine=engine)
+    V = torch.randn(exact.shape[0], 3, dtype=torch.float64)
+    for columns in (V, V[:, :1]):
+        error = float(torch.linalg.matrix_norm(hessian @ columns - exact @ columns, 2))
+        assert error <= hessian.relative_error * float(torch.linalg.matrix_norm(exact, 2) * columns.norm())
+
+
+def test_differences_refuse_half_precision_unless_evaluated_in_single(mlp):
+    model, (x, y) = mlp
+    model.bfloat16()
+    with pytest.raises(NotTwiceDifferentiable, match=r"half precision; pass dtype=torch\.float32"):
+        Hessian(Objective.supervised(model, nn.CrossEntropyLoss(), (x.bfloat16(), y)), engine="finite-difference")
+    objective = Objective.supervised(model, nn.CrossEntropyLoss(), (x.bfloat16(), y), dtype=torch.float32)
+    differences, exact = (Hessian(objective, engine=engine) for engine in ("finite-difference", "double-backward"))
+    v = objective.gradient()
+    error = float((differences @ v - exact @ v).norm() / (exact @ v).norm())
+    assert error <= differences.relative_error
+
+
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+def test_no_columns_give_no_columns(mlp, engine):
+    objective = Objective.supervised(mlp[0], nn.CrossEntropyLoss(), mlp[1])
+    n = objective.num_parameters
+    hessian = Hessian(objective, engine=engine)
+    block = next(iter(partition(objective, "layer").values()))
+    assert (hessian @ torch.zeros(n, 0, dtype=torch.float64)).shape == (n, 0)
+    restricted = hessian.block(block)
+    assert (restricted @ torch.zeros(restricted.shape[0], 0, dtype=torch.float64)).shape == (restricted.shape[0], 0)
+
+
+@pytest.mark.parametrize("smallest", [0.5, 0.02])
+def test_the_calibration_survives_steps_out_of_the_domain(smallest):
+    w = torch.tensor([smallest, 1.0, 2.0], dtype=torch.float64)
+    objective = Objective.from_closure(lambda w: -w.log().sum(), w)
+    hessian = Hessian(objective, engine="finite-difference")
+    exact = torch.diag(w**-2)
+    error = torch.linalg.matrix_norm(hessian.dense() - exact, 2) / torch.linalg.matrix_norm(exact, 2)
+    # The second derivative is defined up to steps of the smallest weight; some seven digits remain.
+    assert float(error) < 1e-6
+    assert float(error) <= hessian.relative_error

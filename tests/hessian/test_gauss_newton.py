@@ -186,3 +186,96 @@ def test_refusals(mlp):
     output.forward = lambda x: {"logits": model(x)}
     with pytest.raises(TypeError, match="give `predict`"):
         GGN(Objective.supervised(output, lambda z, y: F.cross_entropy(z["logits"], y), (x, y))).dense()
+
+
+def test_covariance_of_a_sum_is_n_times_that_of_the_mean(mlp):
+    model, data = mlp
+    gradients = example_gradients(model, data)
+    exact = len(gradients) * torch.cov(gradients.T, correction=0)  # Σ (g − ḡ)(g − ḡ)ᵀ, each example weighing 1
+    for options in ({}, {"chunk_size": 9}):
+        objective = Objective.supervised(model, nn.CrossEntropyLoss(reduction="sum"), uneven(data), **options)
+        assert_equal(GradientCovariance(objective), exact)
+    last = Objective.supervised(model, nn.CrossEntropyLoss(reduction="sum"), data, params="4.*")
+    values = torch.linalg.eigvalsh(GradientCovariance(last).dense())
+    assert float(values[0]) >= -1e-12 * float(values[-1])
+
+
+def test_flattened_predictions_are_cut_by_example(make_problem):
+    model, (x, y) = make_problem("transformer")
+    y = y.clone()
+    y[0, 2:], y[3, 1:] = -100, -100  # examples then weigh by their labels
+    predict = lambda model, x: model(x).transpose(1, 2).reshape(-1, 11)  # [b · length, vocabulary]
+    split = lambda batch: (batch[0], batch[1].reshape(-1))
+    gradients = example_gradients(model, (x, y))
+    weights = (y != -100).double().sum(1) / (y != -100).sum()
+    second_moment = gradients.T @ (weights.unsqueeze(1) * gradients)
+    mean = weights @ gradients
+    for data, options in (((x, y), {}), (uneven((x, y)), {}), ((x, y), {"chunk_size": 3})):
+        objective = Objective.supervised(model, nn.CrossEntropyLoss(), data, predict=predict, split=split, **options)
+        assert_equal(Fisher(objective, "empirical"), second_moment)
+        assert_equal(GradientCovariance(objective), second_moment - torch.outer(mean, mean))
+        # Rows of one example stay together whatever the chunks; the metric is the same as for [b, classes, length].
+        assert_equal(Fisher(objective), dense_ggn(model, (x, y), F.cross_entropy))
+
+
+def test_losses_that_mix_examples_have_no_gradients_by_example(mlp):
+    model, data = mlp
+    standardised = lambda z: (z - z.mean(0)) / (1 + z.var(0))
+    supervised = Objective.supervised(model, lambda z, y: F.cross_entropy(standardised(z), y), data)
+    general = Objective(model, lambda m, b: F.cross_entropy(m(b[0]) - m(b[0]).mean(0), b[1]), data)
+    for objective in (supervised, general):
+        for operator in (Fisher(objective, "empirical"), GradientCovariance(objective)):
+            with pytest.raises(ValueError, match=r"mixes examples|finite|does not require grad|is nan"):
+                operator @ torch.ones(objective.num_parameters, dtype=torch.float64)
+    v = torch.ones(general.num_parameters, dtype=torch.float64)
+    assert bool(torch.isfinite(Hessian(general) @ v).all())
+
+
+@pytest.mark.parametrize("kind", ["exact", "monte-carlo"])
+def test_fisher_of_ignored_labels_beyond_the_classes_with_class_weights(mlp, kind):
+    model, (x, y) = mlp
+    y = y.clone()
+    y[::3] = 255
+    by_class = torch.tensor([1.0, 3.0, 0.5], dtype=torch.float64)
+    criterion = nn.CrossEntropyLoss(weight=by_class, ignore_index=255)
+    objective = Objective.supervised(model, criterion, uneven((x, y)), params="4.*")
+    kept = y != 255
+    last = nn.Linear(8, 3).double()
+    last.load_state_dict(model[4].state_dict())
+    J, z = jacobian(last, model[:4](x[kept]).detach())
+    p = z.detach().softmax(1)
+    share = by_class[y[kept]] / by_class[y[kept]].sum()
+    H = torch.block_diag(*(s * (torch.diag(q) - torch.outer(q, q)) for s, q in zip(share, p, strict=True)))
+    exact = J.T @ H @ J
+    if kind == "exact":
+        assert_equal(Fisher(objective), exact)
+        assert_equal(GGN(objective), exact)
+        return
+    fisher = Fisher(objective, kind, num_samples=400).dense()
+    # 400 draws of some 47 labels: about 1 / sqrt(400) of the matrix, and far less of its trace.
+    assert float((fisher - exact).norm() / exact.norm()) < 0.15
+
+
+def test_every_seed_draws_its_own_labels(mlp):
+    objective = Objective.supervised(mlp[0], nn.CrossEntropyLoss(), mlp[1], params="4.*")
+    dense = lambda seed: Fisher(objective, "monte-carlo", seed=seed).dense()
+    seeds = (0, 1, -1, -2, 2**61 - 1, 2**61)
+    matrices = [dense(seed) for seed in seeds]
+    for i, matrix in enumerate(matrices):
+        assert torch.equal(matrix, dense(seeds[i]))
+        assert all(not torch.allclose(matrix, other) for other in matrices[:i])
+
+
+def test_no_columns_give_no_columns(mlp):
+    objective = Objective.supervised(mlp[0], nn.CrossEntropyLoss(), mlp[1])
+    n = objective.num_parameters
+    for operator in (GGN(objective), Fisher(objective), Fisher(objective, "empirical"), GradientCovariance(objective)):
+        assert (operator @ torch.zeros(n, 0, dtype=torch.float64)).shape == (n, 0)
+
+
+def test_data_changed_in_place_between_products_is_noticed(mlp):
+    model, (x, y) = mlp
+    ggn = GGN(Objective.supervised(model, nn.CrossEntropyLoss(), (x, y)))
+    ggn @ torch.ones(ggn.shape[0], dtype=torch.float64)
+    x.data.mul_(1.5)
+    assert_equal(ggn, dense_ggn(model, (x, y), F.cross_entropy))
