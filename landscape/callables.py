@@ -100,7 +100,8 @@ def _parts(value: Any, seen: set[int]) -> Iterator[str]:
 def captured_modules(*functions: Any) -> list[nn.Module]:
     """Modules that a function is or reaches: their buffers and attributes have to be left alone as well.
 
-    It reaches what it captures, its defaults, bound arguments and the attributes of the object it belongs to.
+    It reaches what it captures, global modules that it names, its defaults, bound arguments and the attributes of
+    the object it belongs to.
     """
     found: list[nn.Module] = []
     seen: set[int] = set()
@@ -118,6 +119,8 @@ def captured_modules(*functions: Any) -> list[nn.Module]:
             waiting += [value.__func__, *getattr(value.__self__, "__dict__", {}).values(), value.__self__]
         elif inspect.isfunction(value):
             waiting += [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
+            named = (value.__globals__.get(name) for name in value.__code__.co_names)
+            waiting += [item for item in named if isinstance(item, nn.Module)]
             waiting += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
         elif type(value) in (list, tuple):
             waiting += value

@@ -179,7 +179,7 @@ class Evaluation:
         if self._others is None:
             own = set() if self.model is None else set(self.model.modules())
             found = captured_modules(self._loss, self._predict, self._criterion, self._split)
-            self._others = [module for module in found if not own & set(module.modules())]
+            self._others = [module for module in found if module not in own]
         return self._others
 
     def _replacements(self, theta: Sequence[Tensor]) -> dict[int, Tensor]:

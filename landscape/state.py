@@ -33,7 +33,8 @@ def content(tensor: Tensor) -> tuple:
     bits = plain.contiguous().reshape(-1).view(words)
     whole = len(bits) // COLUMNS * COLUMNS
     table = bits[:whole].view(-1, COLUMNS)
-    sums = [bits[whole:], table.sum(0, dtype=torch.int64), table.sum(1, dtype=torch.int64)]
+    # A copy of the rest: NumPy would make the tensor's own storage unresizable, which FSDP has to resize.
+    sums = [bits[whole:].clone(), table.sum(0, dtype=torch.int64), table.sum(1, dtype=torch.int64)]
     return (plain.data_ptr(), version, *(hash(part.cpu().numpy().tobytes()) for part in sums))
 
 

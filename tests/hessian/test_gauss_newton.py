@@ -220,12 +220,12 @@ def test_flattened_predictions_are_cut_by_example(make_problem):
 
 def test_losses_that_mix_examples_have_no_gradients_by_example(mlp):
     model, data = mlp
-    standardised = lambda z: (z - z.mean(0)) / (1 + z.var(0))
+    standardised = lambda z: (z - z.mean(0)) / (1 + z.var(0, correction=0))
     supervised = Objective.supervised(model, lambda z, y: F.cross_entropy(standardised(z), y), data)
     general = Objective(model, lambda m, b: F.cross_entropy(m(b[0]) - m(b[0]).mean(0), b[1]), data)
     for objective in (supervised, general):
         for operator in (Fisher(objective, "empirical"), GradientCovariance(objective)):
-            with pytest.raises(ValueError, match=r"mixes examples|finite|does not require grad|is nan"):
+            with pytest.raises(ValueError, match="mixes examples"):
                 operator @ torch.ones(objective.num_parameters, dtype=torch.float64)
     v = torch.ones(general.num_parameters, dtype=torch.float64)
     assert bool(torch.isfinite(Hessian(general) @ v).all())

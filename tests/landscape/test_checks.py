@@ -158,6 +158,17 @@ def test_batchnorm_outside_the_model_is_left_alone(mlp, dense_hessian, form):
     torch.testing.assert_close(product, exact @ v, rtol=1e-9, atol=1e-11)
 
 
+def test_batchnorm_beside_the_model_in_a_larger_one_is_left_alone(mlp):
+    model, (x, y) = mlp
+    whole = nn.ModuleDict({"backbone": model, "head": nn.BatchNorm1d(3).double()})
+    found = copy.deepcopy(whole.state_dict())
+    loss = lambda m, batch: F.cross_entropy(whole["head"](m(batch[0])), batch[1])
+    objective = Objective(model, loss, (x, y))
+    value, _ = objective.loss(), Hessian(objective) @ torch.ones(objective.num_parameters, dtype=torch.float64)
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.state_dict().items())
+    assert value == pytest.approx(loss(model, (x, y)).item(), rel=1e-13)
+
+
 def test_batchnorm_captured_by_a_closure_over_tensors_is_left_alone():
     norm = nn.BatchNorm1d(2).double()
     found = copy.deepcopy(norm.state_dict())
@@ -204,3 +215,14 @@ def test_losses_that_differentiate_inside_themselves(dense_hessian, engine, chun
         torch.testing.assert_close(objective.gradient(), expected, rtol=1e-11, atol=1e-12)
         dense = Hessian(objective, engine=engine).dense()
     torch.testing.assert_close(dense, dense_hessian(explicit, model.parameters()), rtol=1e-7, atol=1e-7)
+
+
+GLOBAL_NORM = nn.BatchNorm1d(3).double()
+
+
+def test_a_global_batchnorm_is_left_alone(mlp):
+    model, data = mlp
+    found = copy.deepcopy(GLOBAL_NORM.state_dict())
+    objective = Objective.supervised(model, lambda z, y: F.cross_entropy(GLOBAL_NORM(z), y), data)
+    objective.loss(), objective.gradient()
+    assert all(torch.equal(found[name], tensor) for name, tensor in GLOBAL_NORM.state_dict().items())

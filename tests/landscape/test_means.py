@@ -117,7 +117,7 @@ def test_options_bound_by_partial_are_found_out(mlp):
     x, y = x[order], y[order]
     for sizes in ((35, 35), (10, 30, 30)):
         data = list(zip(x.split(sizes), y.split(sizes), strict=True))
-        with pytest.raises(ValueError, match="not the mean over its examples|is nan"):
+        with pytest.raises(ValueError, match="not the mean over its examples"):
             Objective.supervised(model, criterion, data).loss()
         counted = Objective.supervised(model, criterion, data, count=lambda batch: int((batch[1] != 0).sum()))
         assert counted.loss() == pytest.approx(criterion(model(x), y).item(), rel=1e-13)
