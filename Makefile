@@ -15,20 +15,23 @@ test: $(VENV)/installed-test
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build $(VENV)/typecheck
+	rm -rf build/lib build/bdist* $(VENV)/typecheck
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/typecheck .
-	rm -rf build
+	rm -rf build/lib build/bdist*
 	cd $(VENV)/typecheck && $(abspath $(BIN))/pyright --pythonpath $(abspath $(BIN))/python sharpscope
 
-# One stamp per set of extras: a second call costs nothing until the requirements change.
+# One stamp per set of extras: a second call costs nothing until a file comes or goes. A strict editable install is a
+# real package folder: beside a checkout called `sharpscope`, the other kind would lose to that folder.
+SOURCES = api landscape hessian dynamics dynamics/optimizers dynamics/workloads kernels figures
 $(VENV)/installed-demo: EXTRAS = data
 $(VENV)/installed-test: EXTRAS = test
 $(VENV)/installed-dev: EXTRAS = dev
-$(VENV)/installed-%: pyproject.toml constraints.txt
+$(VENV)/installed-%: pyproject.toml constraints.txt $(SOURCES)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sharpscope needs Python >= 3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		--config-settings editable_mode=strict -e '.[$(EXTRAS)]'
 	touch $@
 
 clean:

@@ -109,7 +109,10 @@ def read_checkpoint(path: Path) -> tuple[Any, int | None]:
             "numbers and strings alone"
         ) from error
     except Exception as error:  # each damaged format raises its own kind, from EOFError to RuntimeError
-        raise CheckpointError(f"cannot be read ({type(error).__name__}: {error})") from error
+        raise CheckpointError(
+            "cannot be read: it is no torch or safetensors checkpoint, or damaged "
+            f"({type(error).__name__}: {error}); copy it again, or delete it"
+        ) from error
     return content, _step_in(content)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
@@ -73,7 +74,7 @@ class UpdateCurvature:
 class StabilityThreshold:
     """The sharpness at which the optimizer's next step becomes unstable, e.g. 2/η; see `stability_threshold_of`.
 
-    No row where there is no single threshold, or no optimizer.
+    No row, and one warning, where there is no single threshold: for adaptive optimizers it lies in their own geometry.
     """
 
     every: int | None = None
@@ -84,6 +85,12 @@ class StabilityThreshold:
         threshold = None if point.optimizer is None else stability_threshold_of(point.optimizer)
         if threshold is not None:
             yield Row(self.name, threshold, error=0.0)
+        elif point.optimizer is not None:
+            warnings.warn(
+                f"no single stability threshold of the sharpness is known for {type(point.optimizer).__name__} with "
+                "these settings (it is for SGD with equal groups); measurement 'stability_threshold' records nothing",
+                stacklevel=2,
+            )
 
 
 def _curvature_along(direction: Tensor, point: Point, name: str) -> Row:

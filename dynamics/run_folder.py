@@ -43,7 +43,10 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"`out` {self.path} is a file; give a folder")
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"`out` {self.path} cannot be made ({error.strerror}); give a writable folder") from error
         self._drop_drafts(self.path)
         foreign = sorted(entry.name for entry in self.path.iterdir())
         if foreign:

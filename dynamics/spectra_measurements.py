@@ -196,7 +196,7 @@ class BlockSpectra:
                 products=spectrum.products,
                 seconds=spectrum.seconds,
             )
-        yield Row(self.name, spectra.heterogeneity().js_mean, converged=spectra.converged, arrays=arrays)
+        yield Row(self.name, spectra.heterogeneity().js_divergence_mean, converged=spectra.converged, arrays=arrays)
 
 
 def _previous_vectors(point: Point) -> Tensor | None:

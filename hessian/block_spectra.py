@@ -32,8 +32,9 @@ class Heterogeneity:
     """How much the blocks differ. Means and maxima over pairs are 0, and ratios 1, where there are fewer than two.
 
     Attributes:
-        js_mean, js_max: Jensen-Shannon divergence over all pairs of blocks, in nats, at most ln 2.
-        js_max_pair: The two blocks that differ most.
+        js_divergence_mean, js_divergence_max: Jensen-Shannon divergence over all pairs of blocks, in nats, at most
+            ln 2.
+        most_different: The two blocks that differ most.
         scale_ratio: Largest over smallest max |λ|, over the blocks that are not zero.
         largest, smallest: The blocks with these.
         negative_mass: Σ_{λ<0} |λ| / Σ |λ| over all blocks together.
@@ -41,9 +42,9 @@ class Heterogeneity:
         axis: Of the divergence.
     """
 
-    js_mean: float
-    js_max: float
-    js_max_pair: tuple[str, str] | None
+    js_divergence_mean: float
+    js_divergence_max: float
+    most_different: tuple[str, str] | None
     scale_ratio: float
     largest: str | None
     smallest: str | None
@@ -118,9 +119,9 @@ class BlockSpectra(Mapping[str, BlockSpectrum]):
             magnitude += spectrum.size * float((weights * nodes.abs()).sum())
             negative += spectrum.size * float((weights * nodes.clamp(max=0.0).abs()).sum())
         return Heterogeneity(
-            js_mean=float(pairs.mean()) if len(pairs) else 0.0,
-            js_max=float(pairs.max()) if len(pairs) else 0.0,
-            js_max_pair=None if worst is None else (names[int(rows[worst])], names[int(columns[worst])]),
+            js_divergence_mean=float(pairs.mean()) if len(pairs) else 0.0,
+            js_divergence_max=float(pairs.max()) if len(pairs) else 0.0,
+            most_different=None if worst is None else (names[int(rows[worst])], names[int(columns[worst])]),
             scale_ratio=self[alive[-1]].scale / self[alive[0]].scale if alive else 1.0,
             largest=alive[-1] if alive else None,
             smallest=alive[0] if alive else None,

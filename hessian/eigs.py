@@ -172,7 +172,9 @@ def _check(
     basis_size: int | None,
 ) -> None:
     if not isinstance(op, LinearOperator):
-        raise TypeError(f"`op` is a {type(op).__name__}; pass a LinearOperator, for a matrix DenseOperator(matrix)")
+        raise TypeError(
+            f"`op` is a {type(op).__name__}; pass a LinearOperator: Hessian(objective), or DenseOperator(matrix)"
+        )
     n = op.shape[0]
     if isinstance(num, bool) or not isinstance(num, int) or num < 1:
         raise ValueError(f"`num` is {num!r}; ask for at least 1 eigenvalue")

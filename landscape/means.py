@@ -102,7 +102,7 @@ def _compare(objective: Evaluation, whole: Any, parts: Sequence[Any], number: in
     else:
         expected = sum(v * c for v, c in zip(values, counts, strict=True)) / max(sum(counts), 1e-300)
     spread = max(abs(value), *(abs(v) for v in values))
-    if abs(value - expected) <= 1e3 * objective.coarsest_eps * spread:
+    if abs(value - expected) <= 64 * objective.coarsest_eps * spread:
         return
     modules = () if objective.model is None else objective.model.modules()
     statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules)

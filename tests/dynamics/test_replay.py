@@ -10,7 +10,6 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from sharpscope.dynamics import replay as replay_module
 from sharpscope.dynamics.measurements import GradientNorm, Loss
 from sharpscope.dynamics.monitor import Monitor
 from sharpscope.dynamics.replay import replay
@@ -450,7 +449,7 @@ def test_an_objective_without_a_model_is_refused(trajectory):
 
 
 def test_a_sharded_model_is_refused(objective, trajectory, monkeypatch):
-    monkeypatch.setattr(replay_module, "sharding_group", lambda model: object())
+    monkeypatch.setitem(replay.__globals__, "sharding_group", lambda model: object())
     with pytest.raises(ValueError, match="sharded model"):
         replay(objective, {0: {}}, [SquaredNorm()], trajectory)
 

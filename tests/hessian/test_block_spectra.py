@@ -160,7 +160,7 @@ def test_scaling_the_loss_scales_the_eigenvalues_and_keeps_the_divergence(mlp):
         torch.testing.assert_close(after.js_divergence(axis=axis), before.js_divergence(axis=axis), atol=1e-6, rtol=0)
     old, new = before.heterogeneity(), after.heterogeneity()
     assert math.isclose(old.scale_ratio, new.scale_ratio, rel_tol=1e-9)
-    assert (old.largest, old.smallest, old.js_max_pair) == (new.largest, new.smallest, new.js_max_pair)
+    assert (old.largest, old.smallest, old.most_different) == (new.largest, new.smallest, new.most_different)
 
 
 def test_softmax_regression_in_closed_form():
@@ -200,7 +200,7 @@ def test_a_block_without_curvature_is_zero(dtype, dense_limit):
     found = spectra.heterogeneity()
     assert found.zero_blocks == ("key bias",)
     assert "key bias" not in (found.smallest, found.largest)
-    assert math.isclose(found.js_max, math.log(2), rel_tol=1e-9)
+    assert math.isclose(found.js_divergence_max, math.log(2), rel_tol=1e-9)
 
 
 def test_an_operator_of_zeros():
@@ -210,7 +210,7 @@ def test_an_operator_of_zeros():
     assert (spectra["a"].exact, spectra["b"].exact) == (True, False)
     found = spectra.heterogeneity()
     assert found.zero_blocks == ("a", "b")
-    assert (found.js_mean, found.scale_ratio, found.largest, found.negative_mass) == (0.0, 1.0, None, 0.0)
+    assert (found.js_divergence_mean, found.scale_ratio, found.largest, found.negative_mass) == (0.0, 1.0, None, 0.0)
     assert spectra.js_divergence().tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
@@ -231,11 +231,11 @@ def test_the_quadratic_of_the_paper():
     mixed = block_spectra(diagonal_blocks([1, 99, 4998], [2, 100, 4999], [3, 101, 5000])).heterogeneity()
     assert math.isclose(apart.scale_ratio, 5000 / 3, rel_tol=1e-9)
     assert (apart.largest, apart.smallest) == ("b2", "b0")
-    assert math.isclose(apart.js_mean, math.log(2), rel_tol=1e-4)
+    assert math.isclose(apart.js_divergence_mean, math.log(2), rel_tol=1e-4)
     assert math.isclose(mixed.scale_ratio, 5000 / 4998, rel_tol=1e-9)
     # Only 1, 2, 3, a third of each spectrum, lie apart by more than the smoothing.
-    assert mixed.js_mean < math.log(2) / 3
-    assert mixed.js_max_pair == ("b0", "b2")
+    assert mixed.js_divergence_mean < math.log(2) / 3
+    assert mixed.most_different == ("b0", "b2")
 
 
 def test_distance_is_the_root_of_the_divergence():
@@ -263,7 +263,12 @@ def test_summaries_of_a_known_spectrum():
 
 def test_one_block_differs_from_none():
     found = block_spectra(diagonal_blocks([1.0, 2.0])).heterogeneity()
-    assert (found.js_mean, found.js_max, found.js_max_pair, found.scale_ratio) == (0.0, 0.0, None, 1.0)
+    assert (found.js_divergence_mean, found.js_divergence_max, found.most_different, found.scale_ratio) == (
+        0.0,
+        0.0,
+        None,
+        1.0,
+    )
 
 
 def test_another_operator_of_the_same_objective(mlp):
