@@ -176,7 +176,7 @@ def analyze_command(
             row["block"],
             str(row["index"]),
             f"{row['value']:.6g}",
-            f"{row['error']:.1g}",
+            "-" if row["error"] != row["error"] else f"{row['error']:.1g}",
             _yes(row["converged"]),
         )
         for row in table.to_dict("records")
