@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/sharpscope train
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-all: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not gpu'
 
 # The types are checked as installed: in the checkout `api` does not yet stand for `sharpscope`.
 lint: $(VENV)/installed-dev

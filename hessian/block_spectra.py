@@ -159,7 +159,7 @@ class BlockSpectra(Mapping[str, BlockSpectrum]):
 
 
 def block_spectra(
-    source: Objective | LinearOperator,
+    objective: Objective | LinearOperator,
     blocks: Blocks | Partition = "parameter",
     *,
     operator: LinearOperator | None = None,
@@ -178,9 +178,9 @@ def block_spectra(
     float64. A larger one gets its extreme eigenvalues with residuals, and its density by Lanczos quadrature.
 
     Args:
-        source: An Objective, whose Hessian is taken, or an operator with parameter names.
+        objective: An Objective, whose Hessian is taken, or an operator with parameter names.
         blocks: As for `partition`, or its result.
-        operator: Another curvature of the same parameters (GGN, preconditioned ...), where `source` is the Objective.
+        operator: Another curvature of the same parameters (GGN, preconditioned ...), where `objective` is an Objective.
         dense_limit: None makes exact what takes no more products than its density would, num_steps x num_probes.
         num_steps, num_probes: Of the density of a large block.
         num_top: Extreme eigenvalues at each end; all, of a block with fewer.
@@ -196,8 +196,8 @@ def block_spectra(
         raise ValueError(f"`num_top` is {num_top}; ask for at least one eigenvalue at each end")
     if dense_limit is not None and dense_limit < 0:
         raise ValueError(f"`dense_limit` is {dense_limit}; it is a number of coordinates, 0 or more")
-    op = curvature_of(source, operator)
-    division = blocks if isinstance(blocks, Partition) else partition(source, blocks)
+    op = curvature_of(objective, operator)
+    division = blocks if isinstance(blocks, Partition) else partition(objective, blocks)
     if division.layout != op.layout:
         raise ValueError(
             f"`blocks` divides other parameters than {op!r} has; make the partition from the same objective"

@@ -83,7 +83,7 @@ class HessianBlock(LinearOperator):
 
     @property
     def relative_error(self) -> float:
-        return self._hessian.relative_error
+        return self._hessian.engine.relative_error_of(self._subset)
 
     def matmat(self, V: Tensor) -> Tensor:
         if self._whole:

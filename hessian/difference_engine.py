@@ -19,9 +19,9 @@ class FiniteDifference(Engine):
     """H v ≈ (4 D(h/2) − D(h)) / 3 with D(h) = (∇L(θ + h v) − ∇L(θ − h v)) / 2h, for unit v.
 
     Richardson's extrapolation of the central difference: error O(h⁴) + O(eps/h). The step is chosen at the first
-    product, along the gradient and a random direction, where two neighbouring steps agree best; their disagreement is
-    the stated error. It needs only first derivatives; four gradients a product. Networks with kinks (ReLU) keep an
-    error of some per cent at any step, and it is stated.
+    product of every block of parameters, where two neighbouring steps agree best along several directions; their
+    disagreement is the stated error. It needs only first derivatives; four gradients a product. Networks with kinks
+    (ReLU) keep an error of some per cent at any step, and it is stated.
     """
 
     name = "finite-difference"
@@ -34,26 +34,26 @@ class FiniteDifference(Engine):
                 "Objective"
             )
         self._token: tuple | None = None
-        self._step = 0.0
-        self._error = 0.0
+        self._calibrations: dict[tuple[int, ...], tuple[float, float]] = {}
 
     def verify(self) -> None:
         """First derivatives need no check."""
 
     @property
     def relative_error(self) -> float:
-        self._calibrate()
-        return self._error
+        return self.relative_error_of(range(len(self.objective.layout.names)))
+
+    def relative_error_of(self, subset: Sequence[int]) -> float:
+        return self._calibrated(subset)[1]
 
     @property
     def step(self) -> float:
-        """Length of the step h along a unit vector."""
-        self._calibrate()
-        return self._step
+        """Length of the step h along a unit vector over all parameters."""
+        return self._calibrated(range(len(self.objective.layout.names)))[0]
 
     def local_matmat(self, V: Tensor, subset: Sequence[int]) -> Tensor:
-        self._calibrate()
-        columns = [self._product(V[:, j], subset, self._step) for j in range(V.shape[1])]
+        step, _ = self._calibrated(subset)
+        columns = [self._product(V[:, j], subset, step) for j in range(V.shape[1])]
         return torch.stack(columns, dim=1)
 
     def _product(self, v: Tensor, subset: Sequence[int], step: float) -> Tensor:
@@ -85,51 +85,59 @@ class FiniteDifference(Engine):
                     total += chunk.weight * objective.join(gradients, points)
         return total
 
-    def _calibrate(self) -> None:
+    def _calibrated(self, subset: Sequence[int]) -> tuple[float, float]:
+        """Step and relative error for a block of parameters at the current weights."""
         token = self.objective.state_token()
-        if token == self._token:
-            return
+        if token != self._token:
+            self._calibrations, self._token = {}, token
+        key = tuple(subset)
+        if key not in self._calibrations:
+            self._calibrations[key] = self._calibrate(key)
+        return self._calibrations[key]
+
+    def _calibrate(self, subset: tuple[int, ...]) -> tuple[float, float]:
+        """The step at which products along three directions change least to the next step, and by how much.
+
+        The directions: the gradient, random, and the product with the gradient, where stiff directions show.
+        """
         objective = self.objective
-        everything = range(len(objective.layout.names))
-        squares = sum(float(p.detach().double().square().sum()) for p in objective.parameters.values())
-        scale = max(1.0, squares**0.5)
+        names = [objective.layout.names[i] for i in subset]
+        tensors = objective.parameters
+        squares = sum(float(tensors[name].detach().double().square().sum()) for name in names)
+        steps = [step * max(1.0, squares**0.5) for step in STEPS]
+        by_name = objective.unflatten(objective.gradient())
+        gradient = torch.cat([by_name[name].reshape(-1) for name in names])
         generator = torch.Generator().manual_seed(0)
-        random = torch.randn(objective.num_parameters, generator=generator, dtype=torch.float64)
-        random = random.to(objective.device, objective.dtype)
-        gradient = objective.gradient()
-        probes = [p / p.double().norm().to(p.dtype) for p in (gradient, random) if float(p.norm()) > 0]
-        spread = [[] for _ in probes]
-        for disagreements, probe in zip(spread, probes, strict=True):
-            before = None
-            for step in STEPS:
-                product = self._trial(probe, everything, step * scale)
-                if before is not None:
-                    disagreements.append(_disagreement(before, product))
-                before = product
-        # The gradient comes first: along it the product is large, as it is for the vectors an eigensolver asks for.
-        leading = spread[0]
+        random = torch.randn(len(gradient), generator=generator, dtype=torch.float64).to(gradient)
+        trials = [self._trials(probe, subset, steps) for probe in (gradient, random)]
+        middle = trials[0][len(steps) // 2]
+        trials.append(self._trials(torch.nan_to_num(middle), subset, steps))
+        errors = [_disagreement([t[i] for t in trials], [t[i + 1] for t in trials]) for i in range(len(steps) - 1)]
         # Rounding swallows the smallest steps whole, and zeros agree perfectly: they count only if all are zero.
-        best = min(range(len(leading)), key=lambda i: leading[i] if leading[i] > 0 else float("inf"))
-        if not leading[best] < 1:
+        best = min(range(len(errors)), key=lambda i: errors[i] if errors[i] > 0 else float("inf"))
+        if not errors[best] < 1:
             raise NotTwiceDifferentiable("no step gives differences of gradients that agree with the next one")
-        self._step = STEPS[best + 1] * scale
-        self._error = SAFETY * max(leading[best], objective.coarsest_eps)
-        self._token = token
+        return steps[best + 1], SAFETY * max(errors[best], objective.coarsest_eps)
 
-    def _trial(self, probe: Tensor, everything: Sequence[int], step: float) -> Tensor:
-        """A product at one step of the calibration; NaN where the step leaves the loss's domain."""
+    def _trials(self, probe: Tensor, subset: Sequence[int], steps: Sequence[float]) -> list[Tensor]:
+        """Products with the unit vector along `probe` at every step; zeros for a zero vector."""
+        length = float(probe.double().norm())
+        unit = probe / length if length > 0 else probe
+        return [self._trial(unit, subset, step) for step in steps]
+
+    def _trial(self, unit: Tensor, subset: Sequence[int], step: float) -> Tensor:
+        """A product at one step; NaN where the step leaves the loss's domain."""
         try:
-            return self.objective.all_reduce(self._product(probe, everything, step))
+            return self.objective.all_reduce(self._product(unit, subset, step))
         except ValueError:
-            return torch.full_like(probe, torch.nan)
+            return torch.full_like(unit, torch.nan)
 
 
-def _disagreement(first: Tensor, second: Tensor) -> float:
-    """‖first − second‖ relative to the smaller of them; two zeros agree, since a step below rounding is caught by its
-    neighbour."""
-    sizes = [float(product.double().norm()) for product in (first, second)]
-    difference = float((first - second).double().norm())
-    if difference == 0 and min(sizes) == 0:
+def _disagreement(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """The largest ‖first − second‖ over the largest of the products."""
+    difference = max(float((b - a).double().norm()) for a, b in zip(first, second, strict=True))
+    size = max(min(float(a.double().norm()), float(b.double().norm())) for a, b in zip(first, second, strict=True))
+    if difference == 0:
         return 0.0
-    ratio = difference / min(sizes) if min(sizes) > 0 else float("inf")
+    ratio = difference / size if size > 0 else float("inf")
     return ratio if ratio == ratio else float("inf")

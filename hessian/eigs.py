@@ -133,7 +133,7 @@ def top_eigenvalues(
             krylov,
             ends,
             tol,
-            relative_error=op.relative_error,
+            relative_error=lambda: op.relative_error,
             random_share=random_share,
             verify=verify,
             draw=draw,

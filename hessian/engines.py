@@ -35,6 +35,10 @@ class Engine(ABC):
         """Stated bound on ‖computed H v − H v‖ / (‖H‖ ‖v‖)."""
         return 64 * self.objective.coarsest_eps
 
+    def relative_error_of(self, subset: Sequence[int]) -> float:
+        """The same for the principal block of some parameters, relative to the block's norm."""
+        return self.relative_error
+
     @abstractmethod
     def local_matmat(self, V: Tensor, subset: Sequence[int]) -> Tensor:
         """H[subset, subset] V for V [k, m], where k counts the coordinates of the parameters numbered in `subset`."""

@@ -234,10 +234,12 @@ class ScaledOperator(LinearOperator):
     """c A."""
 
     def __init__(self, op: LinearOperator, factor: float) -> None:
-        super().__init__(
-            op.shape[0], dtype=op.dtype, device=op.device, layout=op.layout, relative_error=op.relative_error
-        )
+        super().__init__(op.shape[0], dtype=op.dtype, device=op.device, layout=op.layout)
         self._op, self._factor = op, factor
+
+    @property
+    def relative_error(self) -> float:
+        return self._op.relative_error
 
     def matmat(self, V: Tensor) -> Tensor:
         return self._factor * self._op.matmat(V)
@@ -253,13 +255,24 @@ class RestrictedOperator(LinearOperator):
         if op.layout is None:
             raise ValueError(f"`block` {block.name!r} needs parameter names, which {op!r} does not have")
         self._indices = block.indices(op.layout).to(op.device)
-        super().__init__(len(self._indices), dtype=op.dtype, device=op.device, relative_error=op.relative_error)
+        super().__init__(len(self._indices), dtype=op.dtype, device=op.device)
         self._op = op
+        self._largest_whole = self._largest_block = 0.0
+
+    @property
+    def relative_error(self) -> float:
+        """That of A, grown by the size of A's products over the block's, as seen so far: the error is one of A."""
+        error = self._op.relative_error
+        return error * max(1.0, self._largest_whole / self._largest_block) if self._largest_block > 0 else error
 
     def matmat(self, V: Tensor) -> Tensor:
         embedded = V.new_zeros(self._op.shape[0], V.shape[1])
         embedded[self._indices] = V
-        return self._op.matmat(embedded)[self._indices]
+        whole = self._op.matmat(embedded)
+        block = whole[self._indices]
+        self._largest_whole = max(self._largest_whole, _largest_gain(whole, V))
+        self._largest_block = max(self._largest_block, _largest_gain(block, V))
+        return block
 
 
 class PreconditionedOperator(LinearOperator):
@@ -284,11 +297,13 @@ class PreconditionedOperator(LinearOperator):
                 f"`preconditioner[{i}]` is {float(preconditioner[i])} ({int(bad.sum())} such entries); "
                 "every entry must be positive and finite: add the optimizer's eps"
             )
-        super().__init__(
-            op.shape[0], dtype=op.dtype, device=op.device, layout=op.layout, relative_error=op.relative_error
-        )
+        super().__init__(op.shape[0], dtype=op.dtype, device=op.device, layout=op.layout)
         self._op = op
         self._inverse_root = preconditioner.to(op.device, op.dtype).rsqrt().unsqueeze(1)  # [n, 1]
+
+    @property
+    def relative_error(self) -> float:
+        return self._op.relative_error
 
     def matmat(self, V: Tensor) -> Tensor:
         return self._inverse_root * self._op.matmat(self._inverse_root * V)

@@ -111,7 +111,7 @@ class RitzSearch:
         krylov: Basis that holds the start vector.
         ends: Which pairs are wanted.
         tol: A pair is good when residual + floor ≤ tol · scale.
-        relative_error: Of one product of the operator.
+        relative_error: Gives that of one product of the operator; it may grow with the products seen.
         random_share: Length of the random part of the unit start vector.
         verify: Prove that nothing is hidden.
         draw: Gives a fresh random vector [n].
@@ -124,7 +124,7 @@ class RitzSearch:
         ends: Ends,
         tol: float,
         *,
-        relative_error: float,
+        relative_error: Callable[[], float],
         random_share: float,
         verify: bool,
         draw: Callable[[], Tensor],
@@ -163,7 +163,7 @@ class RitzSearch:
             coupling=self.krylov.coefficients[self.krylov.size :] @ S[:, order],
             num=self._ends.num,
             scale=scale,
-            floor=(self._relative_error + rounding) * scale + max(shown, self._asymmetry),
+            floor=(self._relative_error() + rounding) * scale + max(shown, self._asymmetry),
         )
 
     def _solve(self) -> bool:

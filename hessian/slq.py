@@ -200,9 +200,13 @@ class _Watched(LinearOperator):
     """An operator whose products are counted and shown."""
 
     def __init__(self, op: LinearOperator, bar: tqdm) -> None:
-        super().__init__(op.shape[0], dtype=op.dtype, device=op.device, relative_error=op.relative_error)
+        super().__init__(op.shape[0], dtype=op.dtype, device=op.device)
         self._op, self._bar = op, bar
         self.products = 0
+
+    @property
+    def relative_error(self) -> float:
+        return self._op.relative_error
 
     def matmat(self, V: Tensor) -> Tensor:
         image = self._op.matmat(V)

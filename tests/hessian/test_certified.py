@@ -53,7 +53,7 @@ def test_top_ten_and_bottom_three_in_float64(name, make_problem, dense_hessian, 
     for pairs, truth in ((top, eigenvalues.flip(0)[:10]), (bottom, eigenvalues[:3])):
         error = (pairs.values - truth).abs()
         assert bool((error <= pairs.residuals).all())
-        assert bool((error <= 1e-6 * eigenvalues.abs().max()).all())
+        assert bool((error <= 1e-6 * truth.abs()).all())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,7 +68,9 @@ def test_top_ten_and_bottom_three_in_float32(name, engine, make_problem, dense_h
     for pairs, truth in ((top, eigenvalues.flip(0)[:10]), (bottom, eigenvalues[:3])):
         error = (pairs.values - truth).abs()
         assert bool((error <= pairs.residuals).all())
-        assert bool((error <= tol * eigenvalues.abs().max()).all())
+        # Differences err by a share of |λ|max, exact products by a share of each value.
+        scale = eigenvalues.abs().max() if engine == "finite-difference" else truth.abs()
+        assert bool((error <= tol * scale).all())
         assert pairs.converged
 
 
@@ -150,4 +152,18 @@ def test_eight_thousand_parameters(dense_hessian):
         bottom = top_eigenvalues(Hessian(objective), 3, which="SA", tol=tol)
         for pairs, truth in ((top, eigenvalues.flip(0)[:10]), (bottom, eigenvalues[:3])):
             assert pairs.converged
-            assert bool(((pairs.values - truth).abs() <= pairs.residuals).all())
+            error = (pairs.values - truth).abs()
+            assert bool((error <= pairs.residuals).all())
+            assert bool((error <= (1e-6 if dtype == torch.float64 else 1e-3) * truth.abs()).all())
+
+
+def test_residuals_of_a_cancelling_sum_hold():
+    """Two float32 matrices that nearly cancel: their rounding is large beside what is left, and the residual says so."""
+    from sharpscope.hessian import DenseOperator
+
+    M = torch.randn(50, 50, generator=torch.Generator().manual_seed(0))
+    A = DenseOperator(M @ M.T)
+    with pytest.warns(UserWarning, match="not converged"):
+        pairs = top_eigenvalues(2.0 * (A - 0.999999 * A), 1)
+    truth = 2e-6 * torch.linalg.eigvalsh((M @ M.T).double()).max()
+    assert abs(float(pairs.values[0] - truth)) <= float(pairs.residuals[0])

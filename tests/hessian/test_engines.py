@@ -271,3 +271,20 @@ def test_the_calibration_survives_steps_out_of_the_domain(smallest):
     # The second derivative is defined up to steps of the smallest weight; some seven digits remain.
     assert float(error) < 1e-6
     assert float(error) <= hessian.relative_error
+
+
+def test_differences_state_their_error_on_badly_scaled_problems():
+    """Stiff directions that neither the gradient nor a random vector shows, and a block far smaller than the whole."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 3))
+    data = (torch.randn(40, 5) * 30, torch.randint(0, 3, (40,)))
+    with torch.no_grad():
+        model[2].weight *= 1e-4
+    objective = Objective.supervised(model, nn.CrossEntropyLoss(), data)
+    exact = Hessian(Objective.supervised(model, nn.CrossEntropyLoss(), data, dtype=torch.float64)).dense()
+    differences = Hessian(objective, engine="finite-difference")
+    block = partition(objective)["0.weight"]
+    at = block.indices(objective.layout)
+    for found, truth in ((differences, exact), (differences.block(block), exact[at][:, at])):
+        error = torch.linalg.matrix_norm(found.dense().double() - truth, 2)
+        assert float(error) <= found.relative_error * float(torch.linalg.matrix_norm(truth, 2))
