@@ -163,7 +163,8 @@ class RitzSearch:
             coupling=self.krylov.coefficients[self.krylov.size :] @ S[:, order],
             num=self._ends.num,
             scale=scale,
-            floor=(self._relative_error() + rounding) * scale + max(shown, self._asymmetry),
+            # The skew half shows; the symmetric half of the products' error, as large in the mean, does not.
+            floor=(self._relative_error() + rounding) * scale + 2 * max(shown, self._asymmetry),
         )
 
     def _solve(self) -> bool:

@@ -158,7 +158,7 @@ def test_eight_thousand_parameters(dense_hessian):
 
 
 def test_residuals_of_a_cancelling_sum_hold():
-    """Two float32 matrices that nearly cancel: their rounding is large beside what is left, and the residual says so."""
+    """Two float32 matrices that nearly cancel: rounding is large beside what is left, and the residual says so."""
     from sharpscope.hessian import DenseOperator
 
     M = torch.randn(50, 50, generator=torch.Generator().manual_seed(0))
