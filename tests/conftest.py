@@ -48,6 +48,19 @@ class TinyLayer(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
+class FirstOrderSquare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * x * g
+
+
 def make_mlp():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -134,3 +147,9 @@ def dense_hessian():
         return torch.stack(rows).detach()
 
     return oracle
+
+
+@pytest.fixture(scope="session")
+def first_order_square():
+    """x -> x² whose backward refuses to be differentiated: a second derivative that `autograd.grad` drops silently."""
+    return FirstOrderSquare.apply

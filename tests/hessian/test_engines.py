@@ -105,22 +105,9 @@ def test_the_choice_falls_on_double_backward_and_says_why(mlp):
     assert "fastest" in hessian.engine.reason
 
 
-class FirstOrderSquare(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 2 * x * g
-
-
-def test_what_has_only_first_derivatives_falls_back_to_differences():
+def test_what_has_only_first_derivatives_falls_back_to_differences(first_order_square):
     x = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    objective = Objective.from_closure(lambda x: (FirstOrderSquare.apply(x) * x).sum(), x)
+    objective = Objective.from_closure(lambda x: (first_order_square(x) * x).sum(), x)
     hessian = Hessian(objective)
     assert hessian.engine.name == "finite-difference"
     assert "double-backward:" in hessian.engine.reason

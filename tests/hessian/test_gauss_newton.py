@@ -143,22 +143,9 @@ def test_products_leave_no_gradient_behind(mlp):
     assert all(p.grad is None for p in model.parameters())
 
 
-class FirstOrderSquare(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 2 * x * g
-
-
-def test_a_jacobian_that_cannot_be_differentiated_is_noticed(mlp):
+def test_a_jacobian_that_cannot_be_differentiated_is_noticed(first_order_square, mlp):
     model, data = mlp
-    predict = lambda model, x: FirstOrderSquare.apply(model(x)) + model(x)
+    predict = lambda model, x: first_order_square(model(x)) + model(x)
     objective = Objective.supervised(model, nn.CrossEntropyLoss(), data, predict=predict)
     with pytest.raises(RuntimeError, match=r"J v is wrong through .*FirstOrderSquare"):
         GGN(objective) @ torch.ones(objective.num_parameters, dtype=torch.float64)

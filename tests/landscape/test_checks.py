@@ -52,25 +52,12 @@ def test_the_model_captured_by_the_loss_stands_for_its_argument(mlp, dense_hessi
         torch.testing.assert_close(Hessian(objective, engine=engine) @ v, exact @ v, rtol=1e-9, atol=1e-11)
 
 
-class FirstOrderSquare(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 2 * x * g
-
-
-def test_custom_functions_of_a_later_batch_are_found(dense_hessian):
+def test_custom_functions_of_a_later_batch_are_found(first_order_square, dense_hessian):
     torch.manual_seed(0)
     model = nn.Linear(3, 1).double()
     data = [(torch.randn(4, 3, dtype=torch.float64), custom) for custom in (False, True)]
 
-    def loss(model, batch, square=FirstOrderSquare.apply):
+    def loss(model, batch, square=first_order_square):
         x, custom = batch
         z = model(x)
         return ((square(z) if custom else z * z) * z).mean()
