@@ -1,0 +1,137 @@
+"""The C sources of this folder as libraries: compiled for this processor at first use, kept in the user's cache."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import itertools
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+import torch
+
+from ._launch import FOLDER
+
+# Contraction and fast-math would change bits; errno and traps would keep square roots and comparisons from vectors.
+FLAGS = ("-O3", "-std=c11", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+COMPILERS = ("cc", "gcc", "clang")
+
+
+class NativeUnavailable(RuntimeError):
+    """No library can be had here; the message says why and what would help."""
+
+
+@functools.cache
+def library(name: str) -> ctypes.CDLL:
+    """The library made from `name`.c; raises NativeUnavailable."""
+    found = _built(name)
+    if isinstance(found, str):
+        raise NativeUnavailable(found)
+    return found
+
+
+def why_unavailable(name: str) -> str | None:
+    """None where `library(name)` works, after building it; else the reason."""
+    try:
+        library(name)
+    except NativeUnavailable as error:
+        return str(error)
+    return None
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: $SHARPSCOPE_CACHE, else sharpscope in the user's cache folder."""
+    chosen = os.environ.get("SHARPSCOPE_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sharpscope"
+
+
+def in_parallel(work: Callable[[int, int], None], total: int, *, grain: int) -> None:
+    """`work(first, last)` over [0, total) in as many contiguous ranges as torch has threads, each of at least `grain`.
+
+    For calls into C, which hold no lock of Python's; what the ranges are must not matter to the result.
+    """
+    ranges = max(1, min(torch.get_num_threads(), total // grain))
+    bounds = [total * i // ranges for i in range(ranges + 1)]
+    if ranges == 1:
+        work(0, total)
+        return
+    futures = [_pool(os.getpid()).submit(work, *pair) for pair in itertools.pairwise(bounds[1:])]
+    try:
+        work(bounds[0], bounds[1])
+    finally:
+        wait(futures)  # they use the caller's memory
+    for future in futures:
+        future.result()
+
+
+@functools.cache
+def _pool(pid: int) -> ThreadPoolExecutor:
+    """One for each process: threads do not survive a fork."""
+    return ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="sharpscope")
+
+
+@functools.cache
+def _built(name: str) -> ctypes.CDLL | str:
+    """The library, from a cache or compiled; or the reason why there is none."""
+    wanted = shlex.split(os.environ.get("CC", ""))
+    candidates = [wanted] if wanted else [[compiler] for compiler in COMPILERS]
+    compiler = next((command for command in candidates if shutil.which(command[0])), None)
+    if compiler is None:
+        tried = f"CC={shlex.join(wanted)}" if wanted else ", ".join(COMPILERS)
+        return f"no C compiler found ({tried}); install gcc or clang, or set CC"
+    text = [path.read_text() for path in (FOLDER / f"{name}.c", *sorted(FOLDER.glob("*.h")))]
+    reason = ""
+    for tuning in (("-march=native",), ("-mcpu=native",), ()):
+        key = hashlib.sha256(repr((text, compiler, FLAGS, tuning, _processor())).encode()).hexdigest()[:24]
+        for folder in (cache_folder(), Path(tempfile.gettempdir()) / f"sharpscope-{os.getuid()}"):
+            found = _cached_or_compiled([*compiler, *FLAGS, *tuning], FOLDER / f"{name}.c", folder / f"{name}-{key}.so")
+            if not isinstance(found, str):
+                return found
+            reason = found
+    return reason
+
+
+def _cached_or_compiled(command: list[str], source: Path, target: Path) -> ctypes.CDLL | str:
+    """The library `target`, compiled if it is not there or does not load; or the reason why not."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder = target.parent.stat()
+        if folder.st_uid not in (0, os.getuid()) or folder.st_mode & stat.S_IWOTH:
+            return f"others may write into {target.parent}, so libraries there are not loaded; set SHARPSCOPE_CACHE"
+        if target.exists():
+            with contextlib.suppress(OSError):
+                return ctypes.CDLL(str(target))
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            made = Path(scratch) / target.name
+            result = subprocess.run(
+                [*command, str(source), "-o", str(made), "-lm"], capture_output=True, text=True, timeout=300
+            )
+            if result.returncode:
+                return f"{command[0]} could not compile {source.name}: {(result.stderr or result.stdout).strip()[:500]}"
+            os.replace(made, target)
+        return ctypes.CDLL(str(target))
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{source.name} could not be compiled into {target.parent}: {error}"
+
+
+@functools.cache
+def _processor() -> str:
+    """What decides the instructions that may be used: caches on a shared disk serve several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    described = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {platform.processor()} {described}"
