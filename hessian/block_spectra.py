@@ -18,7 +18,7 @@ from .curvature import Hessian
 from .divergence import js_divergence, spectral_masses
 from .eigs import NotConvergedWarning
 from .operator import LinearOperator
-from .slq import SpectralDensity, spectral_density
+from .slq import SpectralDensity, spectral_densities
 
 # Curvature below this share of the largest block's is rounding: the key bias of an attention, for example, has an
 # exactly zero Hessian, in whose noise Lanczos would find eigenvalues.
@@ -175,7 +175,8 @@ def block_spectra(
     r"""Spectra of the principal blocks A_bb of a curvature matrix: exact for small blocks, sampled for large ones.
 
     A block of at most `dense_limit` coordinates is formed from that many products, made symmetric and diagonalised in
-    float64. A larger one gets its extreme eigenvalues with residuals, and its density by Lanczos quadrature.
+    float64. A larger one gets its extreme eigenvalues with residuals, and its density by Lanczos quadrature; the runs
+    of all larger blocks go in lockstep, as many as an eighth of the free memory holds.
 
     Args:
         objective: An Objective, whose Hessian is taken, or an operator with parameter names.
@@ -206,14 +207,23 @@ def block_spectra(
     floor = zero_floor(op)
     with tqdm(total=len(division), desc="block spectra", unit="block", disable=not progress) as bar:
         exact: dict[str, BlockSpectrum] = {}
-        densities: dict[str, SpectralDensity] = {}
+        large: dict[str, tuple[LinearOperator, int]] = {}
         for i, (name, size) in enumerate(division.sizes.items()):
             block = op.block(division[name])
             if size <= max(limit, 2 * num_top):
                 exact[name] = exact_spectrum(name, block, num_top=num_top, floor=floor)
                 bar.update()
             else:
-                densities[name] = spectral_density(block, num_steps=num_steps, num_probes=num_probes, seed=seed + i)
+                large[name] = block, seed + i
+        densities: dict[str, SpectralDensity] = {}
+        if large:
+            found_densities = spectral_densities(
+                [block for block, _ in large.values()],
+                num_steps=num_steps,
+                num_probes=num_probes,
+                seeds=[seed for _, seed in large.values()],
+            )
+            densities = dict(zip(large, found_densities, strict=True))
         scales = {name: spectrum.scale for name, spectrum in exact.items()}
         scales |= {name: float(density.nodes.abs().max()) for name, density in densities.items()}
         threshold = floor * max(scales.values())

@@ -1,4 +1,4 @@
-"""Krylov bases of symmetric operators, fully reorthogonalised: the one place where that is done.
+"""Krylov bases of symmetric operators, fully reorthogonalised: for eigenpairs; `kernels` has the runs in lockstep.
 
 Every new direction passes classical Gram-Schmidt against the whole basis at least twice, with coefficients summed in
 float64, so the basis stays orthonormal to rounding and no ghost copies of eigenvalues appear however long it runs.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,46 +19,6 @@ from .operator import LinearOperator
 
 # A remainder below this many roundings of ‖A‖ is noise: the space is invariant.
 BREAKDOWN_EPS = 8
-
-
-@dataclass(frozen=True)
-class Tridiagonalisation:
-    """A Qᵀ = Qᵀ T + r e_kᵀ, with T tridiagonal and the rows of `basis` orthonormal.
-
-    Attributes:
-        alpha: Diagonal of T [k], float64, on the CPU.
-        beta: Off-diagonal of T [k − 1], likewise; all positive.
-        residual_norm: ‖r‖, which is rounding noise where the space became invariant.
-        basis: Q [k, n] in the operator's dtype; its first row is the normalised start.
-        products: Operator products spent, k.
-    """
-
-    alpha: Tensor
-    beta: Tensor
-    residual_norm: float
-    basis: Tensor
-    products: int
-
-
-def lanczos_tridiagonal(op: LinearOperator, start: Tensor, num_steps: int) -> Tridiagonalisation:
-    """`num_steps` of Lanczos from `start` [n]; fewer where the space becomes invariant, at the latest after n.
-
-    Source: Golub and Van Loan, Matrix Computations, 4th edition, section 10.1.
-    """
-    if num_steps < 1:
-        raise ValueError(f"`num_steps` is {num_steps}; Lanczos needs at least one step")
-    with plain_tensors():
-        krylov = KrylovBasis(op, num_steps + 1)
-        if krylov.add(checked_vector(op, start, "start")) is None:
-            raise ValueError("`start` is zero; Lanczos needs a direction, a random one for instance")
-        remainder = 0.0
-        while krylov.num_pending and krylov.size < num_steps:
-            remainder = krylov.expand()
-        k = krylov.size
-        T = krylov.coefficients[:k, :k]
-        return Tridiagonalisation(
-            T.diagonal().clone(), T.diagonal(-1).clone(), remainder, krylov.rows[:k], krylov.products
-        )
 
 
 class KrylovBasis:

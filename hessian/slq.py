@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from ..kernels.tridiagonal import tridiagonal_quadrature
 from .estimate import Estimate
-from .lanczos import lanczos_tridiagonal, plain_tensors
+from .lanczos import plain_tensors
+from .lockstep import Sampled, sample
 from .operator import LinearOperator
-from .probes import ProbeMoments, exact_rounding, rademacher, random_generator, rounding
+from .probes import exact_rounding, rounding
 
 # Up to this n a dense matrix is cheap, so n products buy all eigenvalues where the quadrature would take as many.
 DENSE_LIMIT = 2000
@@ -136,9 +137,10 @@ def spectral_density(
 
     Args:
         op: Symmetric, shape [n, n].
-        num_steps: Lanczos steps for each probe, k; resolution at the ends grows as k², inside as k. Holds k + 1
-            vectors.
-        num_probes: p; the error of anything integrated falls as 1/√p.
+        num_steps: Lanczos steps for each probe, k; resolution at the ends grows as k², inside as k. Holds k + 4
+            vectors for each probe of a round.
+        num_probes: p; the error of anything integrated falls as 1/√p. They run in lockstep, multiplied together, in
+            rounds of at most 8 that take an eighth of the free memory, or of one.
         seed: Of the probes; the global random state is not touched.
         progress: Show a bar over products.
 
@@ -146,63 +148,81 @@ def spectral_density(
     Ghorbani, Krishnan and Xiao, An Investigation into Neural Net Optimization via Hessian Eigenvalue Density, 2019,
     for the smoothing.
     """
+    with tqdm(desc="spectral density", unit="product", disable=not progress) as bar:
+        began = time.perf_counter()
+        (density,) = spectral_densities([op], num_steps=num_steps, num_probes=num_probes, seeds=[seed], bar=bar)
+        return replace(density, seconds=time.perf_counter() - began)
+
+
+def spectral_densities(
+    ops: Sequence[LinearOperator],
+    *,
+    num_steps: int,
+    num_probes: int,
+    seeds: Sequence[int],
+    bar: tqdm | None = None,
+) -> list[SpectralDensity]:
+    """`spectral_density` of several operators on one device, in one dtype, whose Lanczos runs go in lockstep.
+
+    The seconds of a density are those in its own products, with its share by size of the other work; on a GPU, where
+    products are not waited for, nearly all is shared.
+
+    Args:
+        seeds: One for each operator.
+        bar: To show products on; its total is set.
+    """
     for name, value in (("num_steps", num_steps), ("num_probes", num_probes)):
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"`{name}` is {value!r}; it must be an int")
         if value < 1:
             raise ValueError(f"`{name}` is {value}; ask for at least one")
-    n, began = op.shape[0], time.perf_counter()
-    exact = n <= max(num_steps, min(num_steps * num_probes, DENSE_LIMIT))
-    if num_steps == 1 and not exact:
+    limit = max(num_steps, min(num_steps * num_probes, DENSE_LIMIT))
+    large = [i for i, op in enumerate(ops) if op.shape[0] > limit]
+    if num_steps == 1 and large:
+        n = ops[large[0]].shape[0]
         raise ValueError(f"`num_steps` is 1; one node is no density of n = {n} eigenvalues: take 20 to 100 steps")
-    with (
-        plain_tensors(),
-        tqdm(
-            total=n if exact else num_steps * num_probes, desc="spectral density", unit="product", disable=not progress
-        ) as bar,
-    ):
-        watched = _Watched(op, bar)
-        nodes, weights, mean_stderr = _all(watched) if exact else _sampled(watched, num_steps, num_probes, seed)
-        return SpectralDensity(nodes, weights, mean_stderr, exact, watched.products, time.perf_counter() - began)
+    bar = tqdm(disable=True) if bar is None else bar
+    bar.reset(sum(op.shape[0] if op.shape[0] <= limit else num_steps * num_probes for op in ops))
+    with plain_tensors():
+        found = {i: _all(_Watched(op, bar.update)) for i, op in enumerate(ops) if op.shape[0] <= limit}
+        if large:
+            samples = sample([ops[i] for i in large], num_steps, num_probes, [seeds[i] for i in large], bar.update)
+            found |= dict(zip(large, _densities(samples), strict=True))
+    return [found[i] for i in range(len(ops))]
 
 
-def _all(op: LinearOperator) -> tuple[Tensor, Tensor, float]:
-    n = op.shape[0]
+def _all(op: LinearOperator) -> SpectralDensity:
+    n, began = op.shape[0], time.perf_counter()
     matrix = op.dense().to("cpu", torch.float64)
     if not bool(torch.isfinite(matrix).all()):
         raise ValueError(f"the matrix of {op!r} has NaN or infinite entries; check that the loss is finite")
     values = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
     error = exact_rounding(op, float(torch.linalg.vector_norm(values))) / n
-    return values.unsqueeze(0), torch.full((1, n), 1 / n, dtype=torch.float64), error
+    weights = torch.full((1, n), 1 / n, dtype=torch.float64)
+    return SpectralDensity(values.unsqueeze(0), weights, error, True, n, time.perf_counter() - began)
 
 
-def _sampled(op: LinearOperator, num_steps: int, num_probes: int, seed: int) -> tuple[Tensor, Tensor, float]:
-    n, generator, moments = op.shape[0], random_generator(op, seed), ProbeMoments(op)
-    alpha = torch.zeros(num_probes, num_steps, dtype=torch.float64)
-    beta = torch.zeros(num_probes, num_steps - 1, dtype=torch.float64)
-    lengths = torch.empty(num_probes, dtype=torch.int64)
-    for i in range(num_probes):
-        (z,) = rademacher(op, 1, generator)
-        run = lanczos_tridiagonal(op, z, num_steps)
-        k = lengths[i] = len(run.alpha)
-        alpha[i, :k], beta[i, : k - 1] = run.alpha, run.beta
-        image = run.alpha[0].item() * run.basis[0]  # A z / √n, from the first step
-        if k > 1:
-            image = image + run.beta[0].item() * run.basis[1]
-        del run  # its basis, before the next one is made
-        moments.add(z, math.sqrt(n) * image, product=i * num_steps + 1)
-    nodes, weights = tridiagonal_quadrature(alpha, beta, lengths)
-    mean_stderr = math.hypot(moments.stderr(), rounding(op, math.sqrt(moments.mean_square))) / n
-    return nodes, weights, mean_stderr
+def _densities(samples: Sequence[Sampled]) -> list[SpectralDensity]:
+    """The quadratures of all probes of all operators [operators, p, k] at once, and the errors of the means."""
+    began = time.perf_counter()
+    alpha, beta, steps = (
+        torch.stack([torch.cat(getattr(s, name)) for s in samples]) for name in ("alpha", "beta", "steps")
+    )
+    nodes, weights = (x.cpu() for x in tridiagonal_quadrature(alpha, beta, steps))
+    shared = (time.perf_counter() - began) / len(samples)
+    densities = []
+    for s, theta, w in zip(samples, nodes, weights, strict=True):
+        error = math.hypot(s.moments.stderr(), rounding(s.op, math.sqrt(s.moments.mean_square))) / s.op.shape[0]
+        densities.append(SpectralDensity(theta, w, error, False, s.products, s.seconds + shared))
+    return densities
 
 
 class _Watched(LinearOperator):
-    """An operator whose products are counted and shown."""
+    """An operator whose products are shown."""
 
-    def __init__(self, op: LinearOperator, bar: tqdm) -> None:
+    def __init__(self, op: LinearOperator, on_products: Callable[[int], object]) -> None:
         super().__init__(op.shape[0], dtype=op.dtype, device=op.device)
-        self._op, self._bar = op, bar
-        self.products = 0
+        self._op, self._on_products = op, on_products
 
     @property
     def relative_error(self) -> float:
@@ -210,8 +230,7 @@ class _Watched(LinearOperator):
 
     def matmat(self, V: Tensor) -> Tensor:
         image = self._op.matmat(V)
-        self.products += V.shape[1]
-        self._bar.update(V.shape[1])
+        self._on_products(V.shape[1])
         return image
 
     def __repr__(self) -> str:

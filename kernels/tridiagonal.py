@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._dispatch import choose
+
 
 def tridiagonal_quadrature(alpha: Tensor, beta: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Gauss quadrature of the measure behind Lanczos coefficients: Σ_i w_i f(θ_i) = e₁ᵀ f(T) e₁.
@@ -17,6 +19,11 @@ def tridiagonal_quadrature(alpha: Tensor, beta: Tensor, lengths: Tensor | None =
         eigenvectors, which sum to 1. Both float64, on the device of `alpha`. Padded entries have weight 0 and repeat
         the last real node.
 
+    Raises:
+        ValueError: shapes; on a CPU also entries that are not finite and lengths outside 1 to k. On a GPU nothing waits
+            for the device: such a matrix has NaN nodes and weights instead, as has one on which 60 iterations for an
+            eigenvalue are not enough.
+
     Source: Golub and Welsch, Calculation of Gauss quadrature rules, 1969.
     """
     k = alpha.shape[-1] if alpha.ndim else 0
@@ -24,31 +31,38 @@ def tridiagonal_quadrature(alpha: Tensor, beta: Tensor, lengths: Tensor | None =
         raise ValueError(
             f"`alpha` has shape {list(alpha.shape)} and `beta` {list(beta.shape)}; must be [..., k] and [..., k - 1]"
         )
-    # A CPU, always: the matrices are tiny, and torch's batched eigh on CUDA is slow beyond 32 rows.
-    a = alpha.detach().to("cpu", torch.float64).reshape(-1, k)
-    b = beta.detach().to("cpu", torch.float64).reshape(len(a), k - 1)
-    sizes = _checked_lengths(lengths, alpha)
-    nodes, weights = torch.empty_like(a), torch.zeros_like(a)
-    for size in sizes.unique().tolist():
-        rows = sizes == size
-        off = b[rows, : size - 1]
-        T = torch.diag_embed(a[rows, :size]) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
-        if not bool(torch.isfinite(T).all()):
-            raise ValueError("`alpha` or `beta` has NaN or infinite entries; the Lanczos run that made them failed")
-        theta, S = torch.linalg.eigh(T)  # [rows, size], [rows, size, size]
-        nodes[rows, :size], nodes[rows, size:] = theta, theta[:, -1:]
-        weights[rows, :size] = S[:, 0, :].square()
-    shape, device = alpha.shape, alpha.device
-    return nodes.reshape(shape).to(device), weights.reshape(shape).to(device)
+    if beta.device != alpha.device:
+        raise ValueError(f"`beta` is on {beta.device} and `alpha` on {alpha.device}; use beta.to(alpha.device)")
+    count = alpha[..., 0].numel()
+    with torch.inference_mode(False), torch.no_grad():
+        a = alpha.detach().to(torch.float64).reshape(count, k).contiguous()
+        b = beta.detach().to(torch.float64).reshape(count, k - 1).contiguous()
+        sizes = _checked_lengths(lengths, alpha, count)
+        nodes, weights = torch.empty_like(a), torch.empty_like(a)
+        if count:
+            if a.device.type == "cpu":
+                _check_finite(a, b, sizes)
+            choose("tridiagonal", a.device).quadrature(a, b, sizes, nodes, weights)
+    return nodes.reshape(alpha.shape), weights.reshape(alpha.shape)
 
 
-def _checked_lengths(lengths: Tensor | None, alpha: Tensor) -> Tensor:
+def _check_finite(a: Tensor, b: Tensor, sizes: Tensor) -> None:
+    column = torch.arange(a.shape[1])
+    fine = torch.isfinite(a) | (column >= sizes.unsqueeze(1))
+    fine[:, : a.shape[1] - 1] &= torch.isfinite(b) | (column[:-1] >= sizes.unsqueeze(1) - 1)
+    if not bool(fine.all()):
+        raise ValueError("`alpha` or `beta` has NaN or infinite entries; the Lanczos run that made them failed")
+
+
+def _checked_lengths(lengths: Tensor | None, alpha: Tensor, count: int) -> Tensor:
     k = alpha.shape[-1]
     if lengths is None:
-        return torch.full((alpha[..., 0].numel(),), k)
+        return torch.full((count,), k, device=alpha.device)
     if lengths.shape != alpha.shape[:-1]:
         raise ValueError(f"`lengths` has shape {list(lengths.shape)}; it must be {list(alpha.shape[:-1])}, as `alpha`")
-    flat = lengths.detach().cpu().reshape(-1)
-    if flat.numel() and (int(flat.min()) < 1 or int(flat.max()) > k):
+    if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
+        raise ValueError(f"`lengths` is {lengths.dtype}; it must be integers, the rows of each matrix that count")
+    flat = lengths.detach().reshape(count).to(torch.int64)
+    if flat.device.type == "cpu" and count and (int(flat.min()) < 1 or int(flat.max()) > k):
         raise ValueError(f"`lengths` runs from {int(flat.min())} to {int(flat.max())}; each must be 1 to k = {k}")
-    return flat
+    return flat.to(alpha.device).contiguous()

@@ -9,6 +9,7 @@ from sharpscope.hessian.block_spectra import block_spectra
 from sharpscope.hessian.curvature import Hessian
 from sharpscope.hessian.eigs import NotConvergedWarning
 from sharpscope.hessian.operator import DenseOperator, LinearOperator, PreconditionedOperator
+from sharpscope.hessian.slq import spectral_density
 from sharpscope.landscape.blocks import Block, partition
 from sharpscope.landscape.layout import Layout
 from sharpscope.landscape.objective import Objective
@@ -131,6 +132,56 @@ def test_sampled_and_exact_agree_on_how_blocks_differ():
     assert abs(float(exact[0, 1])) < 1e-12
     # 20 probes of 120 entries find a share to within √(2 / (20 · 120)) · ½, about one percent.
     torch.testing.assert_close(spectra.js_divergence(), exact, atol=0.01, rtol=0)
+
+
+class Counted(LinearOperator):
+    """Any operator; keeps the vectors of its products, and which blocks they lie in."""
+
+    def __init__(self, op):
+        super().__init__(op.shape[0], dtype=op.dtype, layout=op.layout)
+        self._op, self.widths, self.touched = op, [], []
+
+    def matmat(self, V):
+        self.widths.append(V.shape[1])
+        self.touched.append([bool(part.any()) for part in V.split([s.numel() for s in self.layout.shapes])])
+        return self._op.matmat(V)
+
+
+@pytest.mark.parametrize("room", [math.inf, 300, 0])
+def test_blocks_in_lockstep_are_as_alone(monkeypatch, room):
+    """Whatever the memory allows; seeds go by the place of the block among all blocks."""
+    if room < math.inf:
+        monkeypatch.setattr("sharpscope.hessian.lockstep.available_bytes", lambda _: 8 * room * 8 * (7 + 4))
+    rng = torch.Generator().manual_seed(3)
+    op = diagonal_blocks(*(torch.randn(n, generator=rng).tolist() for n in (120, 5, 90, 200)))
+    blocks = partition(op)
+    spectra = block_spectra(op, blocks, dense_limit=10, num_steps=7, num_probes=3, num_top=1, seed=11)
+    assert [s.exact for s in spectra.values()] == [False, True, False, False]
+    for i, (name, spectrum) in enumerate(spectra.items()):
+        if spectrum.exact:
+            continue
+        alone = spectral_density(op.block(blocks[name]), num_steps=7, num_probes=3, seed=11 + i)
+        torch.testing.assert_close(spectrum.density.nodes, alone.nodes, atol=1e-12, rtol=0)
+        torch.testing.assert_close(spectrum.density.weights, alone.weights, atol=1e-10, rtol=0)
+        assert spectrum.density.products == alone.products == 21
+        assert spectrum.density.seconds > 0
+
+
+def test_blocks_go_in_lockstep_and_ended_ones_cost_nothing():
+    spread = torch.linspace(-1, 1, 80).tolist()
+    op = Counted(diagonal_blocks([3.0] * 30 + [1.0] * 30, spread))
+    spectra = block_spectra(op, dense_limit=0, num_steps=5, num_probes=2, num_top=1, tol=0.5)
+    by_block = [[], []]
+    steps = []
+    for touched, width in zip(op.touched, op.widths, strict=True):
+        assert sum(touched) == 1, "a product is one block's"
+        by_block[touched[1]].append(width)
+        steps.append(int(touched[1]))
+    assert steps[:7] == [0, 1, 0, 1, 1, 1, 1]
+    assert by_block[0][:2] == [2, 2]
+    assert by_block[1][:5] == [2] * 5
+    assert [spectra[name].density.products for name in spectra] == [4, 10]
+    assert sum(op.widths) == spectra.products
 
 
 def test_permuting_neurons_changes_no_spectrum(mlp):

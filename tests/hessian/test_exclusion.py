@@ -5,16 +5,15 @@ import itertools
 import pytest
 import torch
 from sharpscope.hessian.exclusion import RandomRun, lift
-from sharpscope.hessian.lanczos import lanczos_tridiagonal
-from sharpscope.hessian.operator import DiagonalOperator
+from sharpscope.kernels import batched_lanczos
 
 
 def run_on(d, start, steps, needed):
     """A Lanczos run on diag(d), its last remainder included."""
-    found = lanczos_tridiagonal(DiagonalOperator(d), start, steps)
-    ended = len(found.alpha) < steps or len(found.alpha) == len(d)
-    remainder = 0.0 if ended else found.residual_norm
-    return RandomRun(needed, found.alpha.tolist(), [*found.beta.tolist(), remainder])
+    found = batched_lanczos(lambda v: d * v, [0, len(d)], steps, start=start)
+    k = int(found.steps)
+    remainder = 0.0 if k < steps or k == len(d) else float(found.residual_norm)
+    return RandomRun(needed, found.alpha[0, :k].tolist(), [*found.beta[0, : k - 1].tolist(), remainder])
 
 
 def sum_of_squares(run, mu):

@@ -1,14 +1,17 @@
 """Stochastic Lanczos quadrature: the moments it promises, known spectra, stated errors, the degenerate cases."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import wasserstein_distance
+from sharpscope.hessian.lockstep import sample
 from sharpscope.hessian.operator import DenseOperator, DiagonalOperator, LinearOperator
 from sharpscope.hessian.probes import rademacher, random_generator
-from sharpscope.hessian.slq import SpectralDensity, spectral_density
+from sharpscope.hessian.slq import SpectralDensity, spectral_densities, spectral_density
+from tqdm import tqdm
 
 N = 300
 
@@ -278,3 +281,131 @@ def test_bad_grids():
         density.on_grid(torch.zeros(2, 2))
     with pytest.raises(ValueError, match="`x` has shape"):
         density.on_grid([math.nan])
+
+
+class Recorded(Counted):
+    """Also the number of vectors of every product."""
+
+    def __init__(self, matrix):
+        super().__init__(matrix)
+        self.widths = []
+
+    def matmat(self, V):
+        self.widths.append(V.shape[1])
+        return super().matmat(V)
+
+
+def test_probes_are_multiplied_together():
+    op = Recorded(symmetric(SPECTRA["flat"]))
+    density = spectral_density(op, num_steps=6, num_probes=11)
+    assert op.widths == 6 * [8] + 6 * [3]
+    assert density.products == 66
+
+
+def test_an_ended_probe_gets_no_more_products():
+    """Two swaps in 2 I: of a swap's eigenvalues 1 and −1 a probe sees the product of its two signs."""
+    A = 2 * torch.eye(900, dtype=torch.float64)
+    for i in (0, 2):
+        A[i : i + 2, i : i + 2] = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    op = Recorded(A)
+    Z = rademacher(op, 7, random_generator(op, 5))
+    seen_both = int((Z[:, 0] * Z[:, 1] != Z[:, 2] * Z[:, 3]).sum())
+    assert 0 < seen_both < 7
+    density = spectral_density(op, num_steps=10, num_probes=7, seed=5)
+    assert op.widths == [7, 7, seen_both]
+    assert density.products == op.products == 14 + seen_both
+    assert ((density.weights > 0).sum(1) == 3).sum() == seen_both
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rounds_do_not_matter(monkeypatch, dtype):
+    """One probe at a time, where memory is short, gives what all together give."""
+    op = Recorded(symmetric(SPECTRA["indefinite"]).to(dtype))
+    together = spectral_density(op, num_steps=12, num_probes=5, seed=3)
+    vector_bytes = N * dtype.itemsize
+    for room, widths in ((2, 24 * [2] + 12 * [1]), (1, 60 * [1]), (0, 60 * [1])):
+        op.widths.clear()
+        free = 8 * room * 16 * vector_bytes + 7
+        monkeypatch.setattr("sharpscope.hessian.lockstep.available_bytes", lambda _, free=free: free)
+        apart = spectral_density(op, num_steps=12, num_probes=5, seed=3)
+        assert op.widths == widths
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(apart.nodes, together.nodes, atol=1e4 * eps, rtol=0)
+        assert apart.mean_stderr == pytest.approx(together.mean_stderr, rel=1e3 * eps)
+
+
+def test_densities_in_lockstep_are_those_alone():
+    ops = [DenseOperator(symmetric(SPECTRA[name], seed=i)) for i, name in enumerate(SPECTRA)]
+    ops.insert(1, DenseOperator(symmetric(torch.linspace(0, 1, 9))))  # exact
+    bar = tqdm(disable=True)
+    found = spectral_densities(ops, num_steps=10, num_probes=3, seeds=[4, 5, 6, 7], bar=bar)
+    assert [density.exact for density in found] == [False, True, False, False]
+    for op, seed, density in zip(ops, (4, 5, 6, 7), found, strict=True):
+        alone = spectral_density(op, num_steps=10, num_probes=3, seed=seed)
+        torch.testing.assert_close(density.nodes, alone.nodes, atol=1e-12, rtol=0)
+        torch.testing.assert_close(density.weights, alone.weights, atol=1e-10, rtol=0)
+        assert density.mean_stderr == pytest.approx(alone.mean_stderr, rel=1e-12)
+        assert (density.products, density.exact) == (alone.products, alone.exact)
+        assert density.seconds > 0
+
+
+def test_seconds_go_to_the_operator_that_took_them(monkeypatch):
+    """What is no product's is shared by size."""
+    now = [0.0]
+    monkeypatch.setattr("sharpscope.hessian.lockstep.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    class Slow(DiagonalOperator):
+        def matmat(self, V):
+            now[0] += 3.0
+            return super().matmat(V)
+
+    ops = [DiagonalOperator(torch.linspace(-1, 1, 700)), Slow(torch.linspace(-1, 1, 1400))]
+    fast, slow = sample(ops, 20, 4, [0, 1], lambda _: now.append(now.pop() + 0.25))
+    assert (fast.products, slow.products) == (80, 80)
+    assert fast.seconds == pytest.approx(40 * 0.25 / 3)
+    assert slow.seconds == pytest.approx(20 * 3.0 + 2 * 40 * 0.25 / 3)
+
+
+def test_half_precision_products_run_in_float32():
+    A = symmetric(SPECTRA["flat"])
+    density = spectral_density(DenseOperator(A.bfloat16()), num_steps=6, num_probes=2)
+    expected = spectral_density(DenseOperator(A.float()), num_steps=6, num_probes=2)
+    torch.testing.assert_close(density.nodes[:, [0, -1]], expected.nodes[:, [0, -1]], atol=0.03, rtol=0)
+
+
+class Ill(LinearOperator):
+    """Multiplies by what it is given."""
+
+    def __init__(self, product):
+        super().__init__(900)
+        self._product = product
+
+    def matmat(self, V):
+        return self._product(V)
+
+
+@pytest.mark.parametrize(
+    ("product", "message"),
+    [
+        (lambda V: V[:5], r"product of Ill.* is torch.float32 \[5, 2\]; matmat must return torch.float32 \[900, 2\]"),
+        (lambda V: V.double(), r"product of Ill.* is torch.float64 \[900, 2\]"),
+        (lambda V: V * torch.where(torch.arange(900) == 7, math.inf, 1.0).unsqueeze(1), "product of Ill.* has NaN"),
+    ],
+)
+def test_bad_products_name_the_operator(product, message):
+    ops = [DiagonalOperator(torch.linspace(0, 1, 900)), Ill(product)]
+    with pytest.raises(ValueError, match=message):
+        spectral_densities(ops, num_steps=5, num_probes=2, seeds=[0, 1])
+
+
+def test_progress_of_a_formed_matrix_goes_by_its_products():
+    seen = []
+
+    class Bar(tqdm):
+        def update(self, n=1):
+            seen.append(n)
+            return super().update(n)
+
+    op = DenseOperator(symmetric(torch.linspace(0, 1, 150)))
+    spectral_densities([op], num_steps=30, num_probes=5, seeds=[0], bar=Bar(disable=True))
+    assert seen == [64, 64, 22]
