@@ -73,7 +73,10 @@ def test_one_step_is_one_node():
         ((torch.ones(2, 3), torch.ones(2, 2), torch.tensor([3])), r"`lengths` has shape \[1\]"),
         ((torch.ones(2, 3), torch.ones(2, 2), torch.tensor([0, 3])), "runs from 0 to 3; each must be 1 to k = 3"),
         ((torch.ones(2, 3), torch.ones(2, 2), torch.tensor([1, 4])), "runs from 1 to 4"),
+        ((torch.ones(2, 3), torch.ones(2, 2), torch.tensor([1.0, 3.0])), "`lengths` is torch.float32; it must be int"),
+        ((torch.ones(3), torch.ones(2, device="meta")), "`beta` is on meta and `alpha` on cpu"),
         ((torch.tensor([1.0, torch.nan]), torch.ones(1)), "NaN or infinite"),
+        ((torch.ones(2, 3), torch.tensor([[1.0, 1], [torch.inf, 1]])), "NaN or infinite"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
