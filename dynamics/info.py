@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..kernels import capabilities
 from .workloads.fashion_mnist import PACKAGE_FOLDER
 from .workloads.text import KJV_COMMAND
 
@@ -19,7 +20,8 @@ PACKAGES = ("sharpscope", "torch", "numpy", "scipy", "pandas", "matplotlib", "ty
 OPTIONAL = {
     "scikit-learn": "the digits workloads: pip install 'sharpscope[data]'",
     "pyarrow": "Trajectory.to_parquet: pip install 'sharpscope[export]'",
-    "cupy": "CUDA kernels; without it they run as torch operations",
+    "numba": "fast kernels where there is no C compiler: pip install 'sharpscope[numba]'",
+    "cupy": "CUDA kernels, without which they run as torch operations: pip install 'sharpscope[cuda13]'",
 }
 
 
@@ -39,7 +41,7 @@ def info() -> list[Fact]:
     for name, use in OPTIONAL.items():
         found = _version(name) or (_version("cupy-cuda13x") or _version("cupy-cuda12x") if name == "cupy" else None)
         facts.append(Fact("optional", name, found or "not installed", "" if found else use))
-    facts += [_cpu(), *_cuda(), *_data()]
+    facts += [_cpu(), *_cuda(), *_kernels(), *_data()]
     return facts
 
 
@@ -68,6 +70,14 @@ def _cuda() -> list[Fact]:
         size = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
         meaning = "objectives work where their model is; the built-in workloads stay on the CPU without --device cuda"
         facts.append(Fact("device", f"cuda:{index}", size, meaning))
+    return facts
+
+
+def _kernels() -> list[Fact]:
+    facts = []
+    for found in capabilities():
+        notes = [note for note in (found.verified, found.why) if note]
+        facts.append(Fact("kernel", f"{found.what}, {found.device}", found.path, "; ".join(notes)))
     return facts
 
 
