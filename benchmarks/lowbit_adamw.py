@@ -2,7 +2,7 @@
 
     python benchmarks/lowbit_adamw.py             # about five minutes; peers that are not installed are named as such
 
-One process; in every round each optimizer takes a step, so that all of them see the same load of the machine, and a
+One process; in every round each optimizer takes a step, in random order, so that all of them see the same load, and a
 ratio is one of two steps of one round. Slow ones take part in few rounds. The table goes to
 benchmarks/results/lowbit_adamw.md.
 """
@@ -11,6 +11,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import random
 import statistics
 import time
 import warnings
@@ -118,9 +119,11 @@ def measure(shapes, names, rounds):
         except (Missing, RuntimeError) as error:
             steps.pop(name, None)
             found[name] = str(error).splitlines()[0]
+    order = random.Random(0)
     for i in range(rounds):
         baseline = timed(steps[BASELINE])
-        for name, step in steps.items():
+        # Each leaves caches and threads in another state for the next, so that none has a fixed neighbour.
+        for name, step in order.sample(list(steps.items()), len(steps)):
             row = found[name]
             if row["slow"] and i >= SLOW_ROUNDS:
                 continue

@@ -6,9 +6,9 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import itertools
 import os
 import platform
+import re
 import shlex
 import shutil
 import stat
@@ -24,6 +24,11 @@ from ._launch import FOLDER
 
 # Contraction and fast-math would change bits; errno and traps would keep square roots and comparisons from vectors.
 FLAGS = ("-O3", "-std=c11", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+# OpenMP's threads do not survive a fork; in another process than this they are not there.
+_PROCESS = os.getpid()
+_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+# More even out threads that start late, fewer cost less to hand out.
+RANGES_PER_THREAD = 2
 COMPILERS = ("cc", "gcc", "clang")
 
 
@@ -58,22 +63,73 @@ def cache_folder() -> Path:
 
 
 def in_parallel(work: Callable[[int, int], None], total: int, *, grain: int) -> None:
-    """`work(first, last)` over [0, total) in as many contiguous ranges as torch has threads, each of at least `grain`.
+    """`work(first, last)` over [0, total) in contiguous ranges of at least `grain`, on as many threads as torch has.
 
-    For calls into C, which hold no lock of Python's; what the ranges are must not matter to the result.
+    For calls into C, which hold no lock of Python's; what the ranges are must not matter to the result. There are
+    several for each thread, and a thread takes the next when it is done: after an operation of torch its own threads
+    keep the cores busy for a while, and whoever is late then has less to do.
     """
-    ranges = max(1, min(torch.get_num_threads(), total // grain))
-    bounds = [total * i // ranges for i in range(ranges + 1)]
-    if ranges == 1:
+    threads = max(1, min(torch.get_num_threads(), total // grain))
+    if threads == 1:
         work(0, total)
         return
-    futures = [_pool(os.getpid()).submit(work, *pair) for pair in itertools.pairwise(bounds[1:])]
+    count = max(threads, min(RANGES_PER_THREAD * threads, total // grain))
+    ranges = iter([(total * i // count, total * (i + 1) // count) for i in range(count)])
+
+    def drain() -> None:
+        for first, last in ranges:  # taking the next one is atomic
+            work(first, last)
+
+    _team()(drain, threads)
+
+
+def _team() -> Callable[[Callable[[], None], int], None]:
+    """What runs a function on several threads, the caller's among them, and waits for all.
+
+    The threads of torch's own OpenMP where they can be had: after an operation of torch they keep their cores busy for
+    a while, waiting for the next, and would only get in the way of others.
+    """
+    openmp = _openmp()
+    return _on_pool if openmp is None or os.getpid() != _PROCESS else functools.partial(_on_openmp, openmp)
+
+
+def _on_openmp(openmp: Callable[..., None], work: Callable[[], None], threads: int) -> None:
+    errors: list[BaseException] = []
+
+    def guarded(_: object) -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    openmp(_CALLBACK(guarded), None, threads, 0)
+    if errors:
+        raise errors[0]
+
+
+def _on_pool(work: Callable[[], None], threads: int) -> None:
+    helpers = [_pool(os.getpid()).submit(work) for _ in range(threads - 1)]
     try:
-        work(bounds[0], bounds[1])
+        work()
     finally:
-        wait(futures)  # they use the caller's memory
-    for future in futures:
-        future.result()
+        begun = [helper for helper in helpers if not helper.cancel()]
+        wait(begun)  # they use the caller's memory
+    for helper in begun:
+        helper.result()
+
+
+@functools.cache
+def _openmp() -> Callable[..., None] | None:
+    """`GOMP_parallel` of the OpenMP library that torch has loaded; None where there is none of that kind."""
+    try:
+        loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+        path = next(path for path in sorted(loaded) if re.match(r"lib(gomp|iomp5|omp)\b", Path(path).name))
+        parallel = ctypes.CDLL(path).GOMP_parallel
+    except (OSError, StopIteration, AttributeError):
+        return None
+    parallel.argtypes = [_CALLBACK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return parallel
 
 
 @functools.cache

@@ -223,23 +223,24 @@ def _explain(i: int, p: Tensor, g: Tensor, state: AdamW4State, device: torch.dev
 
 def _check_memory(batch: Batch) -> None:
     """What is written must share memory with nothing else; two gradients may be one tensor."""
-    # Parameters, codes of m, codes of v; then gradients, which are only read.
+    tensors = (batch.params, batch.m_codes, batch.v_codes, batch.grads)
     first = batch.addresses[[0, 2, 4, 1]].reshape(-1)
-    sizes = (np.array([x.numel() for x in batch.params]), np.array([x.numel() for x in batch.m_codes]))
-    widths = [np.array([x.element_size() for x in tensors]) for tensors in (batch.params, batch.grads)]
-    last = first + np.concatenate([sizes[0] * widths[0], sizes[1], sizes[1], sizes[0] * widths[1]])
-    order = np.argsort(first, kind="stable")
-    is_written = order < 3 * len(batch.params)
-    reach = np.maximum.accumulate(last[order])[:-1] > first[order[1:]]
-    reach_of_written = np.maximum.accumulate(np.where(is_written, last[order], 0))[:-1] > first[order[1:]]
-    clashes = np.nonzero((reach & is_written[1:]) | reach_of_written)[0]
-    if clashes.size:
-        later = order[clashes[0] + 1]
-        earlier = next(i for i in order if last[i] > first[later])
-        names = [_name(batch, int(i)) for i in sorted((earlier, later))]
-        raise ValueError(f"`{names[0]}` and `{names[1]}` share memory; a step updates each of them by itself")
+    size = np.array([x.nbytes for kind in tensors for x in kind])
+    order = first.argsort()
+    ends = (first + size)[order]
+    if (ends[:-1] > first[order[1:]]).any():
+        _explain_overlap(first[order].tolist(), ends.tolist(), order.tolist(), len(batch.params))
 
 
-def _name(batch: Batch, index: int) -> str:
+def _explain_overlap(first: list[int], last: list[int], order: list[int], count: int) -> None:
+    """Raise unless all overlaps of these spans, in ascending order, are of gradients with one another."""
     kinds = ("params[{}]", "states[{}].m", "states[{}].v", "grads[{}]")
-    return kinds[index // len(batch.params)].format(index % len(batch.params))
+    farthest = {}  # of what is written and of gradients, the span that reaches farthest so far
+    for at, index in enumerate(order):
+        reads = index >= 3 * count
+        for of_reads, before in farthest.items():
+            if last[before] > first[at] and not (reads and of_reads):
+                names = [kinds[i // count].format(i % count) for i in sorted((order[before], index))]
+                raise ValueError(f"`{names[0]}` and `{names[1]}` share memory; a step updates each of them by itself")
+        if last[at] > last[farthest.setdefault(reads, at)]:
+            farthest[reads] = at
