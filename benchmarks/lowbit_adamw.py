@@ -1,6 +1,6 @@
 """Time of an AdamW step on the CPU: full precision, four bits on every path of sharpscope, and the peers.
 
-    python benchmarks/lowbit_adamw.py             # about five minutes; peers that are not installed are named as such
+    python benchmarks/lowbit_adamw.py             # one to five minutes; peers that are not installed are named as such
 
 One process; in every round each optimizer takes a step, in random order, so that all of them see the same load, and a
 ratio is one of two steps of one round. Slow ones take part in few rounds. The table goes to
