@@ -198,7 +198,7 @@ def _all(op: LinearOperator) -> SpectralDensity:
         raise ValueError(f"the matrix of {op!r} has NaN or infinite entries; check that the loss is finite")
     values = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
     error = exact_rounding(op, float(torch.linalg.vector_norm(values))) / n
-    weights = torch.full((1, n), 1 / n, dtype=torch.float64)
+    weights = torch.full((1, n), 1 / n, dtype=torch.float64, device="cpu")
     return SpectralDensity(values.unsqueeze(0), weights, error, True, n, time.perf_counter() - began)
 
 

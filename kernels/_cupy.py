@@ -16,9 +16,13 @@ from torch import Tensor
 
 from . import _nvrtc
 from ._launch import Argument, Source
-from ._native import cache_folder
+from ._native import cache_folders, make_private
 from ._nvrtc import CudaUnavailable
 
+# What every GPU from the oldest supported on takes in one launch.
+MOST_BLOCKS = 2**31 - 1
+MOST_THREADS = 1024
+OLDEST = (8, 0)
 # What a block may have of dynamic shared memory without asking for more.
 FREE_SHARED_BYTES = 48 * 1024
 
@@ -59,12 +63,16 @@ class CupyLauncher:
         """As `Launcher.launch`.
 
         Raises:
-            ValueError: An empty grid or block, no tensor, or tensors that are not all on one CUDA device.
+            ValueError: A grid or block that is empty or too large, no tensor, or tensors that are not all on one CUDA
+                device.
             TypeError: A scalar of no fixed width, which CuPy would pass with a width of its own choice.
             CudaUnavailable: NVRTC makes no code for this device, or no folder for it can be written.
         """
-        if grid < 1 or block < 1:
-            raise ValueError(f"{kernel}: {grid} blocks of {block} threads; each must be at least 1")
+        if not (1 <= grid <= MOST_BLOCKS and 1 <= block <= MOST_THREADS):
+            raise ValueError(
+                f"{kernel}: {grid} blocks of {block} threads; a launch has 1 to {MOST_BLOCKS} blocks of 1 to "
+                f"{MOST_THREADS} threads: split what is larger over several calls"
+            )
         device = _device(kernel, args)
         values = tuple(_value(kernel, i, argument) for i, argument in enumerate(args))
         with torch.cuda.device(device):
@@ -130,13 +138,21 @@ def _function(source: Source, kernel: str, device_index: int) -> Any:
 @functools.cache
 def _module(source: Source, device_index: int) -> Any:
     """The program loaded on a device, which is the current one."""
-    path = _cubin(source, _arch(torch.cuda.get_device_capability(device_index)))
+    path = cubin(source, architecture(torch.cuda.get_device_capability(device_index)))
     return _cupy().RawModule(path=str(path))
 
 
-def _arch(capability: tuple[int, int]) -> str:
-    """The newest architecture that NVRTC knows and that the device runs: of the same major number, and not newer."""
+def architecture(capability: tuple[int, int]) -> str:
+    """The newest architecture that NVRTC knows and that the device runs: of the same major number, and not newer.
+
+    Raises CudaUnavailable where there is none, and for devices older than compute capability 8.0.
+    """
     major, minor = capability
+    if capability < OLDEST:
+        raise CudaUnavailable(
+            f"the GPU has compute capability {major}.{minor}, but the kernels are made for {OLDEST[0]}.{OLDEST[1]} and "
+            "newer; take an NVIDIA GPU of 2020 (Ampere) or later"
+        )
     known = _nvrtc.supported_archs()
     fitting = [arch for arch in known if arch // 10 == major and arch % 10 <= minor]
     if not fitting:
@@ -148,24 +164,23 @@ def _arch(capability: tuple[int, int]) -> str:
     return f"sm_{max(fitting)}"
 
 
-def _cubin(source: Source, arch: str) -> Path:
-    """The compiled program, made unless this or another process has made it before."""
-    text = source.text
-    key = hashlib.sha256(repr((text, _nvrtc.OPTIONS, arch, _nvrtc.nvrtc_version())).encode()).hexdigest()[:32]
+def cubin(source: Source, arch: str) -> Path:
+    """The compiled program, made unless this or another process has made it before.
+
+    Raises:
+        CudaUnavailable: NVRTC is missing, or no folder that only this user writes into can be had.
+    """
+    key = hashlib.sha256(repr((source.text, _nvrtc.OPTIONS, arch, _nvrtc.nvrtc_version())).encode()).hexdigest()[:32]
     name = f"{Path(source.files[0]).stem}-{arch}-{key}.cubin"
-    folders = (cache_folder(), Path(tempfile.gettempdir()) / f"sharpscope-{os.getuid()}")
-    for path in (folder / name for folder in folders):
-        if path.exists():
-            return path
-    image, _ = _nvrtc.compile_cubin(source, arch)
     problems = []
-    for folder in folders:
+    for folder in cache_folders():
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                made = Path(scratch) / name
-                made.write_bytes(image)
-                os.replace(made, folder / name)  # other processes see all of it or none
+            make_private(folder)
+            if not (folder / name).exists():
+                with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                    made = Path(scratch) / name
+                    made.write_bytes(_nvrtc.compile_cubin(source, arch)[0])
+                    os.replace(made, folder / name)  # other processes see all of it or none
             return folder / name
         except OSError as error:
             problems.append(f"{folder}: {error}")
@@ -190,7 +205,7 @@ def _why_unavailable() -> str | None:
         )
     try:
         version = _nvrtc.nvrtc_version()
-        _arch(torch.cuda.get_device_capability())
+        architecture(torch.cuda.get_device_capability())
     except CudaUnavailable as error:
         return str(error)
     runtime = _cupy().cuda.runtime

@@ -45,12 +45,12 @@ def choose(function: str, device: torch.device) -> ModuleType:
         ValueError: $SHARPSCOPE_KERNELS names no path, or tensors are on a device of another kind.
         RuntimeError: The path that $SHARPSCOPE_KERNELS names cannot run here.
     """
-    return _chosen(function, device.type, os.environ.get(VARIABLE, "auto"))
+    return _chosen(function, device.type, os.environ.get(VARIABLE) or "auto")
 
 
 def choice(function: str, device_type: str) -> Choice:
     """What `choose` takes, without its warning."""
-    wanted = os.environ.get(VARIABLE, "auto")
+    wanted = os.environ.get(VARIABLE) or "auto"
     if wanted != "auto" and wanted not in ALL_PATHS:
         raise ValueError(f"${VARIABLE} is {wanted!r}; it must be auto or one of {', '.join(ALL_PATHS)}")
     if device_type not in PATHS:

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import os
 import platform
-import re
 import shlex
 import shutil
 import stat
@@ -60,6 +59,19 @@ def cache_folder() -> Path:
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sharpscope"
+
+
+def cache_folders() -> tuple[Path, Path]:
+    """`cache_folder()`, and where that cannot be used one of this user among the temporary files."""
+    return cache_folder(), Path(tempfile.gettempdir()) / f"sharpscope-{os.getuid()}"
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder for code that will be loaded; raises OSError, also where others may write into it."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = folder.stat()
+    if found.st_uid not in (0, os.getuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"others may write into {folder}, so code there is not loaded; set SHARPSCOPE_CACHE")
 
 
 def in_parallel(work: Callable[[int, int], None], total: int, *, grain: int) -> None:
@@ -120,11 +132,14 @@ def _on_pool(work: Callable[[], None], threads: int) -> None:
 
 @functools.cache
 def _openmp() -> Callable[..., None] | None:
-    """`GOMP_parallel` of the OpenMP library that torch has loaded; None where there is none of that kind."""
+    """`GOMP_parallel` of the OpenMP library that torch is linked with; None where it has none of that kind.
+
+    Looked up through torch's own library, because a process may hold several: scikit-learn brings one, too.
+    """
+    folder = Path(torch.__file__).parent / "lib"
     try:
-        loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
-        path = next(path for path in sorted(loaded) if re.match(r"lib(gomp|iomp5|omp)\b", Path(path).name))
-        parallel = ctypes.CDLL(path).GOMP_parallel
+        library = next(folder.glob("libtorch_cpu.*"))
+        parallel = ctypes.CDLL(str(library)).GOMP_parallel
     except (OSError, StopIteration, AttributeError):
         return None
     parallel.argtypes = [_CALLBACK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
@@ -151,7 +166,7 @@ def _built(name: str) -> ctypes.CDLL | str:
     reason = ""
     for tuning in (("-march=native",), ("-mcpu=native",), ()):
         key = hashlib.sha256(repr((text, compiler, FLAGS, tuning, _processor())).encode()).hexdigest()[:24]
-        for folder in (cache_folder(), Path(tempfile.gettempdir()) / f"sharpscope-{os.getuid()}"):
+        for folder in cache_folders():
             found = _cached_or_compiled([*compiler, *FLAGS, *tuning], FOLDER / f"{name}.c", folder / f"{name}-{key}.so")
             if not isinstance(found, str):
                 return found
@@ -162,10 +177,7 @@ def _built(name: str) -> ctypes.CDLL | str:
 def _cached_or_compiled(command: list[str], source: Path, target: Path) -> ctypes.CDLL | str:
     """The library `target`, compiled if it is not there or does not load; or the reason why not."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        folder = target.parent.stat()
-        if folder.st_uid not in (0, os.getuid()) or folder.st_mode & stat.S_IWOTH:
-            return f"others may write into {target.parent}, so libraries there are not loaded; set SHARPSCOPE_CACHE"
+        make_private(target.parent)
         if target.exists():
             with contextlib.suppress(OSError):
                 return ctypes.CDLL(str(target))
@@ -175,7 +187,7 @@ def _cached_or_compiled(command: list[str], source: Path, target: Path) -> ctype
                 [*command, str(source), "-o", str(made), "-lm"], capture_output=True, text=True, timeout=300
             )
             if result.returncode:
-                return f"{command[0]} could not compile {source.name}: {(result.stderr or result.stdout).strip()[:500]}"
+                return f"{command[0]} could not compile {source.name}: {_said(result)}"
             os.replace(made, target)
         return ctypes.CDLL(str(target))
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -191,3 +203,7 @@ def _processor() -> str:
         lines = []
     described = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return f"{platform.machine()} {platform.processor()} {described}"
+
+
+def _said(result: subprocess.CompletedProcess[str]) -> str:
+    return (result.stderr or result.stdout).strip()[:500] or f"it ended with exit status {result.returncode}"

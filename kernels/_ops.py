@@ -6,19 +6,20 @@ import torch
 from torch import Tensor
 
 from ._dispatch import choose
-from .adamw4_batch import Batch, Scalars, scalars
+from .adamw4_batch import Batch, Scalars, check_memory, scalars
 from .codec_tables import BLOCK
 
 _LIBRARY = torch.library.Library("sharpscope", "DEF")
 _LIBRARY.define(
-    "quantize4(Tensor x, int rows, str map, bool stochastic, int seed, int step, int stream) "
+    "quantize4(Tensor x, SymInt rows, str map, bool stochastic, SymInt seed, SymInt step, SymInt stream) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define("dequantize4(Tensor codes, Tensor scales, Tensor columns, SymInt n, str map) -> Tensor")
 _LIBRARY.define(
     "adamw4_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] m_codes, Tensor(c!)[] m_scales, Tensor(d!)[] v_codes, "
     "Tensor(e!)[] v_scales, Tensor(f!)[] v_columns, Tensor(g!)[] skipped, int[] ids, str map, bool stochastic, "
-    "int seed, float lr, float beta1, float beta2, float eps, float weight_decay, SymInt step, Tensor? numbers) -> ()"
+    "SymInt seed, float lr, float beta1, float beta2, float eps, float weight_decay, SymInt step, Tensor? numbers) "
+    "-> ()"
 )
 
 
@@ -81,6 +82,7 @@ def adamw4_(
 def run_adamw4(batch: Batch, by_value: Scalars, numbers: Tensor | None) -> None:
     """The step with its numbers by value, or from a tensor [9] on the device, which may change under a CUDA graph."""
     path = choose("adamw4", batch.params[0].device)
+    check_memory(batch)
     # The tensors are written through their addresses, which autograd does not see.
     torch.autograd.graph.increment_version(batch.params)
     if numbers is None:

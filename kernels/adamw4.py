@@ -6,19 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import _ops
 from .adamw4_batch import Batch, scalars, scalars_tensor
-from .codec import ROUNDINGS, SIGNED_MAP, UNSIGNED_MAPS, Packed, Rounding, Scale, check_streams
-from .codec_tables import BLOCK, ZERO_CODE
+from .codec import ROUNDINGS, SIGNED_MAP, UNSIGNED_MAPS, Packed, Rounding, Scale, check_packed, check_streams, is_plain
+from .codec_tables import BLOCK, VERSION, ZERO_CODE
 
 DTYPES = (torch.float32, torch.bfloat16)
+LARGEST, SMALLEST, BELOW_ONE = torch.finfo(torch.float32).max, 2.0**-149, 1 - 2.0**-24
+# A matrix has rank-1 scales if they take at most half a byte an entry.
+ENTRIES_PER_SCALE = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdamW4State:
     """Moments of one parameter.
 
@@ -43,7 +45,14 @@ class AdamW4State:
 def adamw4_state(
     param: Tensor, *, map: Literal["linear", "square"] = "linear", scale: Scale = "rank1", id: int = 0
 ) -> AdamW4State:
-    """Moments of zero for `param`, on its device; `map` and `scale` are those of `quantize_v`."""
+    """Moments of zero for `param`, on its device; `map` and `scale` are those of `quantize_v`.
+
+    "rank1" stands for scales of blocks where row and column maxima would take more than half a byte an entry: in
+    matrices with few rows or columns.
+    """
+    if not isinstance(param, Tensor) or param.dtype not in DTYPES:
+        found = param.dtype if isinstance(param, Tensor) else f"a {type(param).__name__}"
+        raise TypeError(f"`param` is {found}; it must be a tensor of float32 or bfloat16")
     n, shape = param.numel(), param.shape
     if n == 0:
         raise ValueError(f"`param` has shape {list(shape)} and no entries; leave it out of the step")
@@ -60,7 +69,7 @@ def adamw4_state(
         return Packed(codes, zeros, shape, name, torch.zeros(1, dtype=torch.int64, device=param.device))
 
     blocks = (-(-n // BLOCK),)
-    rank1 = scale == "rank1" and param.ndim > 1
+    rank1 = scale == "rank1" and param.ndim > 1 and ENTRIES_PER_SCALE * (shape[0] + n // shape[0]) <= n
     m, v = moment(SIGNED_MAP, blocks), moment(map, (shape[0], n // shape[0]) if rank1 else blocks)
     return AdamW4State(m, v, torch.zeros(1, dtype=torch.int64, device=param.device), id)
 
@@ -90,12 +99,14 @@ def adamw4_step(
         states: From `adamw4_state`, all with one map.
         step: t ≥ 1, the count of this step.
         rounding, seed: As for `quantize_m`; the streams are those of the states' ids.
-        numbers: From `adamw4_numbers`, on the device of the parameters, instead of lr, betas, eps, weight_decay and
-            step: a captured CUDA graph reads it at every replay.
+        numbers: From `adamw4_numbers`, on the device of the parameters: takes the place of lr, betas, eps, weight_decay
+            and step, which then count for nothing. A captured CUDA graph reads it at every replay. A step compiled by
+            torch.compile needs it as soon as the learning rate changes: torch compiles anew for every other float.
 
     Raises:
         TypeError, ValueError: Lists of different lengths; dtypes, shapes, layouts or devices that do not fit; tensors
             that share memory; a state used twice; numbers out of range.
+        RuntimeError: A CUDA graph is being captured and no step has been made yet on these very tensors.
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2; Li, Chen and Zhu, Memory
     Efficient Optimizers with 4-bit States, 2023, algorithm 1.
@@ -105,8 +116,15 @@ def adamw4_step(
     if rounding not in ROUNDINGS:
         raise ValueError(f"`rounding` is {rounding!r}; it must be 'nearest' or 'stochastic'")
     check_streams(seed, 0, 0)
+    if rounding == "stochastic" and len({state.id for state in states}) < len(states):
+        raise ValueError(
+            f"`states` have the ids {[state.id for state in states][:10]}, so that tensors would be rounded with the "
+            "same random numbers; give each its own: adamw4_state(p, id=i)"
+        )
     if not params:
         return
+    if numbers is not None:
+        _check_numbers_tensor(numbers, params[0].device)
     none = params[0].new_empty(0, dtype=torch.float32)
     with torch.no_grad():
         batch = Batch(
@@ -126,7 +144,6 @@ def adamw4_step(
         if torch.compiler.is_compiling():
             _through_torch(batch, lr, betas, eps, weight_decay, step, numbers)
         else:
-            _check_memory(batch)
             by_value = scalars(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=step)
             _ops.run_adamw4(batch, by_value, numbers)
 
@@ -142,10 +159,16 @@ def adamw4_numbers(
 def check_numbers(lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int) -> None:
     """Raise ValueError for what AdamW cannot work with."""
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not isinstance(value, int | float | torch.SymFloat):
+            raise TypeError(f"`{name}` is {value!r}; it must be a number")
         if not 0 <= value < float("inf"):
             raise ValueError(f"`{name}` is {value}; it must be at least 0 and finite")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"`betas` is {betas}; it must hold two numbers in [0, 1)")
+        if abs(value) > LARGEST or 0 < value < SMALLEST:
+            raise ValueError(f"`{name}` is {value}; in float32, in which steps are computed, that is 0 or infinite")
+    if not isinstance(betas, list | tuple) or len(betas) != 2 or not all(0 <= beta <= BELOW_ONE for beta in betas):
+        raise ValueError(f"`betas` is {betas}; it must hold two numbers of at least 0, below 1 in float32")
+    if isinstance(step, bool) or not isinstance(step, int | torch.SymInt):
+        raise TypeError(f"`step` is {step!r}; it must be an int, the count of this step")
     if not 1 <= step < 2**32:
         raise ValueError(f"`step` is {step}; it counts from 1 and must be below 2**32")
 
@@ -159,6 +182,10 @@ def _through_torch(
     step: int,
     numbers: Tensor | None,
 ) -> None:
+    # Addresses are not known yet, and what shares memory will have copies of its own.
+    written = [*batch.params, *batch.m_codes, *batch.v_codes]
+    if len({*written, *batch.grads}) < len(written) + len({*batch.grads}):
+        raise ValueError("`params`, `grads` and `states` share tensors; a step updates each of them by itself")
     torch.ops.sharpscope.adamw4_(
         batch.params,
         batch.grads,
@@ -181,7 +208,23 @@ def _through_torch(
     )
 
 
+def _check_numbers_tensor(numbers: Tensor, device: torch.device) -> None:
+    if (
+        numbers.dtype != torch.float32
+        or numbers.shape != (9,)
+        or not numbers.is_contiguous()
+        or numbers.device != device
+    ):
+        raise ValueError(
+            f"`numbers` is {numbers.dtype} {list(numbers.shape)} on {numbers.device}; it must be contiguous float32 "
+            f"[9] on {device}: adamw4_numbers(...).to(device)"
+        )
+
+
 def _check_lists(params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[AdamW4State]) -> None:
+    for name, given in (("params", params), ("grads", grads), ("states", states)):
+        if not isinstance(given, list | tuple):
+            raise TypeError(f"`{name}` is a {type(given).__name__}; pass a list, one entry for each parameter")
     if not len(params) == len(grads) == len(states):
         raise ValueError(
             f"there are {len(params)} `params`, {len(grads)} `grads` and {len(states)} `states`; pass one of each for "
@@ -189,13 +232,27 @@ def _check_lists(params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequ
         )
     if not params:
         return
+    for name, given, kind in (("params", params, Tensor), ("grads", grads, Tensor), ("states", states, AdamW4State)):
+        for i, x in enumerate(given):
+            if not isinstance(x, kind):
+                cure = "leave out parameters without a gradient" if name == "grads" else "see adamw4_state"
+                raise TypeError(f"`{name}[{i}]` is a {type(x).__name__}; it must be a {kind.__name__}: {cure}")
     device, map = params[0].device, states[0].v.map
     for i, (p, g, state) in enumerate(zip(params, grads, states, strict=True)):
         m, v = state.m, state.v
         shape = p.shape
-        fits = p.dtype in DTYPES and g.dtype in DTYPES and p.is_contiguous() and g.is_contiguous()
+        fits = (
+            p.dtype in DTYPES
+            and g.dtype in DTYPES
+            and p.layout == g.layout == torch.strided
+            and p.is_contiguous()
+            and g.is_contiguous()
+        )
         fits = fits and shape == g.shape == m.shape == v.shape and m.map == SIGNED_MAP and v.map == map
-        if not fits or not p.device == g.device == m.codes.device == v.codes.device == device:
+        fits = fits and m.version == v.version == VERSION
+        fits = fits and state.skipped.dtype == torch.int64 and state.skipped.shape == (1,)
+        fits = fits and is_plain(p) and is_plain(g)
+        if not fits or not p.device == g.device == m.codes.device == v.codes.device == state.skipped.device == device:
             _explain(i, p, g, state, device, map)
 
 
@@ -203,44 +260,33 @@ def _explain(i: int, p: Tensor, g: Tensor, state: AdamW4State, device: torch.dev
     m, v = state.m, state.v
     for name, x in (("params", p), ("grads", g)):
         if x.dtype not in DTYPES:
-            raise TypeError(f"`{name}[{i}]` is {x.dtype}; it must be float32 or bfloat16")
+            raise TypeError(f"`{name}[{i}]` is {x.dtype}; it must be float32 or bfloat16: use .float()")
+        if x.layout != torch.strided:
+            raise ValueError(f"`{name}[{i}]` is {x.layout}; it must be dense: use .to_dense()")
         if not x.is_contiguous():
-            raise ValueError(f"`{name}[{i}]` has strides {list(x.stride())}; it must be contiguous")
+            raise ValueError(f"`{name}[{i}]` has strides {list(x.stride())}; it must be contiguous: use .contiguous()")
+        if not is_plain(x):
+            raise ValueError(f"`{name}[{i}]` is a negated view or has no memory of its own: use .resolve_neg().clone()")
     if not p.shape == g.shape == m.shape == v.shape:
         raise ValueError(
             f"`params[{i}]` has shape {list(p.shape)}, `grads[{i}]` {list(g.shape)} and the moments in "
             f"`states[{i}]` {list(m.shape)} and {list(v.shape)}; all must be equal"
         )
-    if not p.device == g.device == m.codes.device == v.codes.device == device:
+    if state.skipped.dtype != torch.int64 or state.skipped.shape != (1,):
         raise ValueError(
-            f"`params[{i}]` is on {p.device}, `grads[{i}]` on {g.device}, `states[{i}]` on {m.codes.device} and "
-            f"{v.codes.device}, `params[0]` on {device}; make one call for each device"
+            f"`states[{i}].skipped` is {state.skipped.dtype} {list(state.skipped.shape)}; it must be int64 [1], as "
+            "adamw4_state makes it"
         )
+    if not p.device == g.device == m.codes.device == v.codes.device == state.skipped.device == device:
+        raise ValueError(
+            f"`params[{i}]` is on {p.device}, `grads[{i}]` on {g.device}, `states[{i}]` on {m.codes.device}, "
+            f"{v.codes.device} and {state.skipped.device}, `params[0]` on {device}; make one call for each device"
+        )
+    check_packed(m)
+    check_packed(v)
     raise ValueError(
         f"`states[{i}]` holds maps {m.map!r} and {v.map!r}; m needs 'de', and v in all states {map!r} as in the first"
     )
 
 
-def _check_memory(batch: Batch) -> None:
-    """What is written must share memory with nothing else; two gradients may be one tensor."""
-    tensors = (batch.params, batch.m_codes, batch.v_codes, batch.grads)
-    first = batch.addresses[[0, 2, 4, 1]].reshape(-1)
-    size = np.array([x.nbytes for kind in tensors for x in kind])
-    order = first.argsort()
-    ends = (first + size)[order]
-    if (ends[:-1] > first[order[1:]]).any():
-        _explain_overlap(first[order].tolist(), ends.tolist(), order.tolist(), len(batch.params))
-
-
-def _explain_overlap(first: list[int], last: list[int], order: list[int], count: int) -> None:
-    """Raise unless all overlaps of these spans, in ascending order, are of gradients with one another."""
-    kinds = ("params[{}]", "states[{}].m", "states[{}].v", "grads[{}]")
-    farthest = {}  # of what is written and of gradients, the span that reaches farthest so far
-    for at, index in enumerate(order):
-        reads = index >= 3 * count
-        for of_reads, before in farthest.items():
-            if last[before] > first[at] and not (reads and of_reads):
-                names = [kinds[i // count].format(i % count) for i in sorted((order[before], index))]
-                raise ValueError(f"`{names[0]}` and `{names[1]}` share memory; a step updates each of them by itself")
-        if last[at] > last[farthest.setdefault(reads, at)]:
-            farthest[reads] = at
+torch.serialization.add_safe_globals([AdamW4State])

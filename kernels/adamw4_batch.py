@@ -75,3 +75,28 @@ class Batch:
         return np.array([[x.data_ptr() for x in tensors] for tensors in (*lists, self.skipped)], np.uint64).view(
             np.int64
         )
+
+
+def check_memory(batch: Batch) -> None:
+    """Raise ValueError where what is written shares memory with anything else; two gradients may be one tensor."""
+    lists = (batch.params, batch.m_codes, batch.m_scales, batch.v_codes, batch.v_scales, batch.v_columns, batch.skipped)
+    first = batch.addresses[[0, 2, 3, 4, 5, 6, 7, 1]].reshape(-1)
+    size = np.array([x.nbytes for tensors in (*lists, batch.grads) for x in tensors])
+    order = first.argsort()
+    ends = (first + size)[order]
+    if (ends[:-1] > first[order[1:]]).any():
+        _explain_overlap(first[order].tolist(), ends.tolist(), order.tolist(), len(batch.params))
+
+
+def _explain_overlap(first: list[int], last: list[int], order: list[int], count: int) -> None:
+    """Raise unless all overlaps of these spans, in ascending order, are of gradients with one another."""
+    kinds = ("params[{}]", *("states[{}].m",) * 2, *("states[{}].v",) * 3, "states[{}].skipped", "grads[{}]")
+    farthest: dict[bool, int] = {}  # of what is written and of gradients, the span that reaches farthest so far
+    for at, index in enumerate(order):
+        reads = index >= 7 * count
+        for of_reads, before in farthest.items():
+            if last[before] > first[at] and not (reads and of_reads):
+                names = [kinds[i // count].format(i % count) for i in sorted((order[before], index))]
+                raise ValueError(f"`{names[0]}` and `{names[1]}` share memory; a step updates each of them by itself")
+        if last[at] > last[farthest.setdefault(reads, at)]:
+            farthest[reads] = at

@@ -54,8 +54,10 @@ NUMBERS = np.dtype([(name, np.uint32 if name == "step" else np.float32) for name
 N, R, C, ALIGNED, STREAM, MAXIMA, SKIPS = range(8, 15)
 ENTRY_WORDS = 16
 
-# Tables kept for lists of tensors that come back: gradients move between a few places.
-KEPT_TABLES = 16
+# Words of all tables kept for lists of tensors that come back: gradients move between a few places, and a program may
+# step every tensor on its own. The second is the least that a table counts for, as allocators round up.
+KEPT_WORDS = 2**20
+LEAST_WORDS = 64
 
 
 def why_unavailable() -> str | None:
@@ -70,6 +72,9 @@ def step(
 
     `device_numbers`, float32 [9] from `scalars_tensor` on the tensors' device, is read in place of `numbers`: a
     captured CUDA graph can then be replayed with other numbers.
+
+    Raises:
+        RuntimeError: A CUDA graph is being captured, and no step on these very tensors came before.
     """
     if not batch.params:
         return
@@ -126,8 +131,34 @@ class _Table:
     host: Tensor
     stream: int
 
+    @property
+    def words(self) -> int:
+        """What it counts for in the cache."""
+        return max(LEAST_WORDS, self.host.numel())
 
-_tables: OrderedDict[Hashable, _Table] = OrderedDict()
+
+class _Tables:
+    """The tables used last, of `KEPT_WORDS` words together; the newest is kept whatever its size."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Hashable, _Table] = OrderedDict()
+        self.words = 0
+
+    def get(self, key: Hashable) -> _Table | None:
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
+
+    def keep(self, key: Hashable, table: _Table) -> None:
+        if key in self._kept:
+            self.words -= self._kept.pop(key).words
+        self._kept[key] = table
+        self.words += table.words
+        while self.words > KEPT_WORDS and len(self._kept) > 1:
+            self.words -= self._kept.popitem(last=False)[1].words
+
+
+_tables = _Tables()
 # Tables that a captured CUDA graph reads at every replay; they are never let go.
 _captured: list[_Table] = []
 
@@ -136,25 +167,26 @@ def _groups(batch: Batch) -> list[_Group]:
     """From the cache where all addresses are known.
 
     A table is for the stream that uploaded it, as another one would not wait for the upload. The capture of a CUDA
-    graph takes one of any stream, because it begins with a synchronised device; a table made under capture is uploaded
-    by the graph, so that nothing else may use it.
+    graph takes one of any stream, because it begins with a synchronised device, and cannot make one: memory that the
+    upload reads must not be allocated there.
     """
     device = batch.params[0].device
     on_gpu = device.type == "cuda"
-    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
-    capturing = on_gpu and torch.cuda.is_current_stream_capturing()
     key = _key(batch)
     table = _tables.get(key)
-    if table is None or not (capturing or table.stream == stream):
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        if table is None:
+            raise RuntimeError(
+                f"a CUDA graph is being captured, and the step has not seen these {len(batch.params)} tensors before; "
+                "run one step on these very tensors before the capture"
+            )
+        if not any(table is known for known in _captured):
+            _captured.append(table)
+        return table.groups
+    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+    if table is None or table.stream != stream:
         table = _built(batch, device, stream)
-        if not capturing:
-            _tables[key] = table
-            while len(_tables) > KEPT_TABLES:
-                _tables.popitem(last=False)
-    if key in _tables:
-        _tables.move_to_end(key)
-    if capturing:
-        _captured.append(table)
+        _tables.keep(key, table)
     return table.groups
 
 

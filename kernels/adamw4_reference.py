@@ -45,7 +45,7 @@ def _step_one(batch: Batch, i: int, k: Scalars) -> None:
     flat = batch.params[i].detach().view(-1)
     p, g = flat.float().numpy(), batch.grads[i].detach().view(-1).float().numpy()
     n, rank1 = p.size, batch.v_columns[i].numel() > 0
-    m_old = torch.empty(n)
+    m_old = torch.empty(n, dtype=torch.float32, device="cpu")
     dequantize_block(batch.m_codes[i], batch.m_scales[i], m_old, map="de")
     v_old = _decoded_v(batch, i, n, rank1)
     with np.errstate(all="ignore"):
@@ -66,7 +66,7 @@ def _step_one(batch: Batch, i: int, k: Scalars) -> None:
 
 def _decoded_v(batch: Batch, i: int, n: int, rank1: bool) -> np.ndarray:
     if not rank1:
-        out = torch.empty(n)
+        out = torch.empty(n, dtype=torch.float32, device="cpu")
         dequantize_block(batch.v_codes[i], batch.v_scales[i], out, map=batch.map)
         return out.numpy()
     scale = rank1_scale(batch.v_scales[i].numpy(), batch.v_columns[i].numpy())
@@ -89,7 +89,7 @@ def _store_blocks(
         torch.from_numpy(np.where(np.repeat(skip, BLOCK)[: x.size], np.float32(0), x)),
         new_codes,
         new_scales,
-        torch.zeros(1, dtype=torch.int64),
+        torch.zeros(1, dtype=torch.int64, device="cpu"),
         map=map,
         stochastic=batch.stochastic,
         seed=batch.seed,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -91,6 +90,8 @@ def batched_lanczos(
     """
     if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
         raise ValueError(f"`num_steps` is {num_steps!r}; it must be an int of at least 1")
+    if not callable(matvec):
+        raise TypeError(f"`matvec` is a {type(matvec).__name__}; pass a function that multiplies a vector [n]")
     bounds = _checked_offsets(offsets)
     with torch.inference_mode(False), torch.no_grad():
         start = _signs(int(bounds[-1]), seed, dtype, device) if start is None else _checked_start(start, bounds)
@@ -123,7 +124,10 @@ def _runs(state: State) -> LanczosRuns:
 
 
 def _product(matvec: Callable[[Tensor], Tensor], q: Tensor) -> Tensor:
+    writes = q._version
     w = matvec(q)
+    if q._version != writes:
+        raise ValueError("`matvec` wrote to its argument, a row of the basis; it must return a tensor of its own")
     if not isinstance(w, Tensor):
         raise TypeError(f"`matvec` returned a {type(w).__name__}; it must return a torch tensor of shape [{len(q)}]")
     if (w.shape, w.dtype, w.device) != (q.shape, q.dtype, q.device):
@@ -131,7 +135,13 @@ def _product(matvec: Callable[[Tensor], Tensor], q: Tensor) -> Tensor:
             f"`matvec` returned {w.dtype} {list(w.shape)} on {w.device}; it must return what it was given, "
             f"{q.dtype} {list(q.shape)} on {q.device}"
         )
-    return w.detach().contiguous()
+    return _plain(w)
+
+
+def _plain(x: Tensor) -> Tensor:
+    """Values that lie in memory as they are: paths read it through its address."""
+    x = x.detach().resolve_neg().contiguous()
+    return torch.empty_like(x).copy_(x) if x._is_zerotensor() else x
 
 
 def _check_finite(state: State, j: int) -> None:
@@ -165,9 +175,9 @@ def _checked_start(start: Tensor, bounds: np.ndarray) -> Tensor:
     if start.shape != (int(bounds[-1]),):
         raise ValueError(f"`start` has shape {list(start.shape)}; `offsets` end at {bounds[-1]}, so it must be that")
     _check_dtype("start", start.dtype)
-    start = start.detach().contiguous()
-    pieces = [start[a:b].abs().amax() for a, b in pairwise(bounds.tolist())]
-    largest = torch.stack(pieces).cpu()
+    start = _plain(start)
+    lengths = torch.from_numpy(np.diff(bounds)).to(start.device)
+    largest = torch.segment_reduce(start.abs(), "max", lengths=lengths, unsafe=True).cpu()
     if not bool(torch.isfinite(largest).all()):
         b = int((~torch.isfinite(largest)).nonzero()[0])
         raise ValueError(f"`start` has NaN or infinite entries in recurrence {b}; all must be finite")

@@ -21,7 +21,7 @@ ROUNDINGS = ("nearest", "stochastic")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Packed:
     """A tensor in four bits an entry.
 
@@ -44,7 +44,11 @@ class Packed:
     version: int = VERSION
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", torch.Size(self.shape))
         check_packed(self)
+
+    def __repr__(self) -> str:
+        return f"Packed({list(self.shape)}, map={self.map!r}, scale={self.scale!r}, {self.nbytes} bytes)"
 
     @property
     def scale(self) -> Scale:
@@ -111,11 +115,18 @@ def quantize_v(
 
 
 def dequantize(packed: Packed) -> Tensor:
-    """The values, float32, in the shape and on the device of what was encoded. Zeros come back as zeros."""
+    """The values, float32, in the shape and on the device of what was encoded.
+
+    Zeros of a first moment come back as zeros; those of a second moment do where the scale is 0, and else as the
+    smallest value of the map.
+    """
+    if not isinstance(packed, Packed):
+        raise TypeError(f"`packed` is a {type(packed).__name__}; pass what quantize_m or quantize_v returned")
     check_packed(packed)
     n = packed.shape.numel()
     columns = packed.scales[1] if packed.scale == "rank1" else packed.codes.new_empty(0, dtype=torch.float32)
-    flat = _ops.dequantize4(packed.codes, packed.scales[0], columns, n, packed.map)
+    decode = torch.ops.sharpscope.dequantize4 if torch.compiler.is_compiling() else _ops.dequantize4
+    flat = decode(packed.codes, packed.scales[0], columns, n, packed.map)
     return flat.view(packed.shape)
 
 
@@ -127,7 +138,7 @@ def check_packed(packed: Packed) -> None:
             "release that wrote it and encode it again"
         )
     _one_of(packed.map, (SIGNED_MAP, *UNSIGNED_MAPS), "map")
-    n = torch.Size(packed.shape).numel()
+    n = packed.shape.numel()
     codes, scales = packed.codes, packed.scales
     if codes.dtype != torch.uint8 or codes.shape != (-(-n // 2),):
         raise ValueError(
@@ -150,7 +161,8 @@ def check_packed(packed: Packed) -> None:
 def _quantize(x: Tensor, map: Map, scale: Scale, rounding: Rounding, seed: int, step: int, stream: int) -> Packed:
     rows = x.shape[0] if scale == "rank1" else 0
     flat = x.detach().reshape(-1)
-    codes, first, second, bad = _ops.quantize4(flat, rows, map, rounding == "stochastic", seed, step, stream)
+    encode = torch.ops.sharpscope.quantize4 if torch.compiler.is_compiling() else _ops.quantize4
+    codes, first, second, bad = encode(flat, rows, map, rounding == "stochastic", seed, step, stream)
     return Packed(codes, (first, second) if rows else (first,), x.shape, map, bad)
 
 
@@ -163,7 +175,14 @@ def _check_input(x: Tensor, seed: int, step: int, id: int) -> None:
         raise ValueError(f"`x` has shape {list(x.shape)} and no entries; there is nothing to encode")
     if not x.is_contiguous():
         raise ValueError(f"`x` has strides {list(x.stride())}; it must be contiguous: use x.contiguous()")
+    if not is_plain(x):
+        raise ValueError("`x` is a negated view or has no memory of its own: use x.resolve_neg().clone()")
     check_streams(seed, step, id)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Its memory holds its values: the kernels read it through its address."""
+    return torch.compiler.is_compiling() or not (x.is_neg() or x._is_zerotensor())
 
 
 def check_streams(seed: int, step: int, id: int) -> None:
@@ -178,3 +197,6 @@ def check_streams(seed: int, step: int, id: int) -> None:
 def _one_of(value: str, allowed: tuple[str, ...], name: str) -> None:
     if value not in allowed:
         raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
+
+
+torch.serialization.add_safe_globals([Packed])

@@ -5,14 +5,14 @@
 // entries first[t] to last[t] - 1, all of recurrence owner[t], which has the strips strips_of[b] to strips_of[b + 1] - 1.
 // A strip is worked off in tiles of TILE entries. Launch:
 //   lanczos_dots, lanczos_update, lanczos_next   one block of THREADS for each strip
-//   lanczos_reduce                               COLUMNS x GROUPS threads for 32 coefficients of one recurrence
-//   lanczos_finish                               one warp for each recurrence
+//   lanczos_reduce                               32 x GROUPS threads for 32 coefficients of one recurrence
+//   lanczos_finish                               one block of THREADS for each recurrence
 // A step is dots, reduce, update, reduce, update (norm), finish, next: three reads of the basis.
 
 #define TILE 256
 #define THREADS 256
 #define WARPS (THREADS / 32)
-#define GROUPS 8
+#define GROUPS 32
 #define ALL 0xffffffffu
 
 typedef long long int64;
@@ -70,6 +70,7 @@ lanczos_reduce(const double *__restrict__ partial, const int64 *__restrict__ str
     sums[group][column] = sum;
     __syncthreads();
     if (group == 0 && j < rows) {
+#pragma unroll 8
         for (int other = 1; other < GROUPS; ++other) sum += sums[other][column];
         c[b * capacity + j] = sum;
         total[b * capacity + j] = accumulate ? total[b * capacity + j] + sum : sum;
@@ -129,23 +130,32 @@ lanczos_update(const REAL *__restrict__ basis, REAL *__restrict__ w, int64 n, in
 // Ends step j of every open recurrence: its alpha, the norm of its remainder, and whether it goes on. A recurrence ends
 // where the remainder is at most `noise` times the largest |A q| it has seen, or where its vectors span its space.
 // With j = -1 the remainder is the start, which is only to be divided by its norm.
-extern "C" __global__ void __launch_bounds__(32)
+extern "C" __global__ void __launch_bounds__(THREADS)
 lanczos_finish(const double *__restrict__ partial, const int64 *__restrict__ strips_of,
                const int64 *__restrict__ offsets, int capacity, int j, double noise, const double *__restrict__ total,
                double *__restrict__ alpha, double *__restrict__ remainder, double *__restrict__ scale,
                int64 *__restrict__ steps, int *__restrict__ open, double *__restrict__ divisor)
 {
+    __shared__ double lefts[WARPS], seens[WARPS];
     const int64 b = blockIdx.x;
-    const int lane = threadIdx.x;
     double left = 0.0, seen = 0.0;
 #pragma unroll 4
-    for (int64 t = strips_of[b] + lane; t < strips_of[b + 1]; t += 32) left += partial[t * capacity];
-    for (int i = lane; i <= j; i += 32) seen += total[b * capacity + i] * total[b * capacity + i];
+    for (int64 t = strips_of[b] + threadIdx.x; t < strips_of[b + 1]; t += THREADS) left += partial[t * capacity];
+    for (int i = threadIdx.x; i <= j; i += THREADS) seen += total[b * capacity + i] * total[b * capacity + i];
     for (int half = 16; half > 0; half >>= 1) {
         left += __shfl_xor_sync(ALL, left, half);
         seen += __shfl_xor_sync(ALL, seen, half);
     }
-    if (lane > 0) return;
+    if ((threadIdx.x & 31) == 0) {
+        lefts[threadIdx.x >> 5] = left;
+        seens[threadIdx.x >> 5] = seen;
+    }
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    for (int i = 1; i < WARPS; ++i) {
+        left += lefts[i];
+        seen += seens[i];
+    }
     const double size = sqrt(seen + left);
     left = sqrt(left);
     if (j < 0) {

@@ -40,9 +40,9 @@ class VectorWork:
         length = TILE_BYTES // state.basis.itemsize
         self._tiles = Tiles.of(state.bounds, np.full(count, length), torch.device("cpu"))
         self._work = torch.empty_like(state.basis[0])
-        self._partial = torch.empty(len(self._tiles), self._m, dtype=torch.float64)
-        self._c, self._total = (torch.empty(count, self._m, dtype=torch.float64) for _ in range(2))
-        self._divisor = torch.empty(count, dtype=torch.float64)
+        self._partial = torch.empty(len(self._tiles), self._m, dtype=torch.float64, device="cpu")
+        self._c, self._total = (torch.empty(count, self._m, dtype=torch.float64, device="cpu") for _ in range(2))
+        self._divisor = torch.empty(count, dtype=torch.float64, device="cpu")
 
     def begin(self, start: Tensor) -> None:
         self._take(start, rows=0)

@@ -16,6 +16,7 @@ SOURCES = tuple(Source(("lanczos.cu",), (("REAL", real),)) for real in REALS.val
 # As in lanczos.cu.
 TILE = 256
 THREADS = 256
+GROUPS = 32
 # A recurrence is cut into about this many strips, of at least one tile, so that the GPU is full and sums are short.
 STRIPS = 2048
 
@@ -72,7 +73,7 @@ class VectorWork:
         self._launch(
             "lanczos_reduce",
             len(self._divisor) * -(-rows // 32),
-            256,
+            32 * GROUPS,
             *(self._partial, self._strips.tiles_of, np.int32(rows), np.int32(self._m), np.int32(accumulate)),
             *(self._c, self._total),
         )
@@ -92,7 +93,7 @@ class VectorWork:
         self._launch(
             "lanczos_finish",
             len(self._divisor),
-            32,
+            THREADS,
             *(self._partial, self._strips.tiles_of, state.offsets, np.int32(self._m), np.int32(j)),
             *(np.float64(state.noise), self._total, state.alpha, state.remainder, state.scale, state.steps, state.open),
             self._divisor,

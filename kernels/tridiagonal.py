@@ -26,6 +26,10 @@ def tridiagonal_quadrature(alpha: Tensor, beta: Tensor, lengths: Tensor | None =
 
     Source: Golub and Welsch, Calculation of Gauss quadrature rules, 1969.
     """
+    for name, x in (("alpha", alpha), ("beta", beta)):
+        if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+            found = x.dtype if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise TypeError(f"`{name}` is {found}; pass a tensor of floats")
     k = alpha.shape[-1] if alpha.ndim else 0
     if k < 1 or beta.shape != (*alpha.shape[:-1], k - 1):
         raise ValueError(
@@ -47,7 +51,7 @@ def tridiagonal_quadrature(alpha: Tensor, beta: Tensor, lengths: Tensor | None =
 
 
 def _check_finite(a: Tensor, b: Tensor, sizes: Tensor) -> None:
-    column = torch.arange(a.shape[1])
+    column = torch.arange(a.shape[1], device=a.device)
     fine = torch.isfinite(a) | (column >= sizes.unsqueeze(1))
     fine[:, : a.shape[1] - 1] &= torch.isfinite(b) | (column[:-1] >= sizes.unsqueeze(1) - 1)
     if not bool(fine.all()):

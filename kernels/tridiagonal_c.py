@@ -24,11 +24,11 @@ def quadrature(alpha: Tensor, beta: Tensor, lengths: Tensor, nodes: Tensor, weig
     """See `tridiagonal_torch.quadrature`; a matrix on which the iteration fails goes there."""
     function = _native.library("tridiagonal").tridiagonal_quadrature
     count, k = alpha.shape
-    failed = torch.zeros(count, dtype=torch.int32)
+    failed = torch.zeros(count, dtype=torch.int32, device="cpu")
     inputs, outputs = _pointers(alpha, beta, lengths), _pointers(nodes, weights, failed)
 
     def work(first: int, last: int) -> None:
-        scratch = torch.empty(AT_ONCE, k, dtype=torch.float64)
+        scratch = torch.empty(AT_ONCE, k, dtype=torch.float64, device="cpu")
         function(*inputs, *map(ctypes.c_int64, (k, first, last)), *outputs, *_pointers(scratch))
 
     _native.in_parallel(work, count, grain=max(1, GRAIN_ROTATIONS // (k * k)))

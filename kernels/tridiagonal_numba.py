@@ -26,7 +26,7 @@ def why_unavailable() -> str | None:
 
 def quadrature(alpha: Tensor, beta: Tensor, lengths: Tensor, nodes: Tensor, weights: Tensor) -> None:
     """See `tridiagonal_torch.quadrature`; a matrix on which the iteration fails goes there."""
-    failed = torch.zeros(len(alpha), dtype=torch.int32)
+    failed = torch.zeros(len(alpha), dtype=torch.int32, device="cpu")
     arrays = [x.numpy() for x in (alpha, beta, lengths, nodes, weights, failed)]
     function, k = _compiled(), alpha.shape[1]
     _native.in_parallel(

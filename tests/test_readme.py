@@ -1,9 +1,10 @@
-"""The README's examples run as they stand, one after the other."""
+"""The examples of the README and of the kernels page run as they stand, one after the other."""
 
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -18,6 +19,19 @@ def test_examples_run(tmp_path, monkeypatch):
         exec(compile(block, "README.md", "exec"), names)
     assert list(tmp_path.rglob("*.png"))
     assert names["top"].converged
+
+
+def test_examples_of_the_kernels_page_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "kernels.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "kernels.md", "exec"), names)
+    assert float(names["loss"].detach()) < 2.0
+    loaded = torch.load("checkpoint.pt", weights_only=True)["states"]
+    assert torch.equal(loaded[0].m.codes, names["states"][0].m.codes)
+    assert names["weights"].sum(1).tolist() == pytest.approx([1.0, 1.0, 1.0])
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README))

@@ -12,6 +12,9 @@ import torch
 # What takes longer than this is repeated less often.
 SLOW_SECONDS = 0.3
 SLOW_REPETITIONS = 5
+# Of programs of others: one that takes longer is called once more only.
+PATIENCE = 1.0
+GLANCES = 5
 # Of the counter that `torch.cuda._sleep` waits for: about one second.
 CYCLES = 1.8e9
 MOST_SETS = 16
@@ -61,6 +64,27 @@ class Clock:
             "wall_us": 1e6 * wall,
             "repetitions": repetitions,
             "sets": len(calls),
+        }
+
+    def glance(self, call: Callable[[], object]) -> dict[str, Any]:
+        """Microseconds of a program of others, by few calls on one buffer set.
+
+        The device is idle before and after each, so that `device_us` is wall-clock time too. The first call is a
+        warm-up, and one of the two that count if it is slow.
+        """
+        times = _wall_times([lambda: (call(), self.wait())])
+        if times[0] > PATIENCE:
+            times += _wall_times([lambda: (call(), self.wait())])
+        else:
+            times = _wall_times([lambda: (call(), self.wait())] * min(GLANCES, self.repetitions))
+        middle = 1e6 * statistics.median(times)
+        return {
+            "device_us": middle,
+            "device_best_us": 1e6 * min(times),
+            "device_worst_us": 1e6 * max(times),
+            "wall_us": middle,
+            "repetitions": len(times),
+            "sets": 1,
         }
 
     def copy_us(self, size: float) -> float:

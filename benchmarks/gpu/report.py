@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ class Part:
         measurements: One record for each thing that was timed.
         figures: The numbers that targets speak of, by name.
         errors: What could not be measured, and why.
+        not_run: Programs of others that could not be measured beside ours, and why; that is no error.
+        waiting_for: Such a program while it runs, so that its end of the process is not taken for ours.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,6 +33,8 @@ class Part:
         self.measurements: list[dict[str, Any]] = []
         self.figures: dict[str, float] = {}
         self.errors: list[str] = []
+        self.not_run: dict[str, str] = {}
+        self.waiting_for: str | None = None
 
     def add(self, what: str, n: int, timing: dict[str, Any], **more: Any) -> dict[str, Any]:
         """Keep a measurement."""
@@ -48,9 +53,23 @@ class Part:
         self.errors.append(f"{what}: {type(error).__name__}: {error}"[:2000])
         self.save()
 
+    def rival(self, what: str, n: int, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """Keep the timing of a program of others, or why there is none."""
+        self.waiting_for = what
+        self.save()
+        try:
+            return self.add(what, n, measure())
+        except Exception as error:
+            self.not_run[what] = f"not run: {type(error).__name__}: {error}"[:2000]
+            return None
+        finally:
+            self.waiting_for = None
+            self.save()
+
     def save(self) -> None:
         """Write what there is."""
-        write_json(self.path, {"measurements": self.measurements, "figures": self.figures, "errors": self.errors})
+        names = ("measurements", "figures", "errors", "not_run", "waiting_for")
+        write_json(self.path, {name: getattr(self, name) for name in names})
 
 
 def table(results: dict[str, Any]) -> str:
@@ -62,6 +81,8 @@ def table(results: dict[str, Any]) -> str:
         lines.append("tests: " + ", ".join(f"{count} {outcome}" for outcome, count in tests["counts"].items()))
         for part in tests["files"]:
             lines += [f"  FAILED {f['test'] or part['file']}: {f['text'][-300:]}" for f in part["failures"][:10]]
+        lines.append(f"verified: {'yes' if results.get('verified') else 'no'}")
+        lines += [f"  skipped {skipped['test']}: {skipped['text']}" for skipped in results.get("skipped", ())]
     lines += [f"sanitizer {tool}: {found['result']}" for tool, found in results.get("sanitizer", {}).items()]
     for name, part in results.get("timings", {}).items():
         lines.append(f"\n{name:58} {'n':>11} {'device µs':>11} {'wall µs':>11} {'copies':>7} {'correct':>8}")
@@ -71,6 +92,7 @@ def table(results: dict[str, Any]) -> str:
                 f"  {m['what']:56} {m['n']:>11} {m['device_us']:11.1f} {m['wall_us']:11.1f} {copies} "
                 f"{m.get('correct', '')!s:>8}"
             )
+        lines += [f"  {what}: {why}" for what, why in part.get("not_run", {}).items()]
         lines += [f"  ERROR {error}" for error in part.get("errors", ())]
     lines.append("")
     for target in results.get("targets", ()):

@@ -74,7 +74,7 @@ def outcomes(record: Path, done: Finished) -> dict[str, Any]:
         "all_passed": done.code == 0 and not failures and counts["passed"] > 0,
         "seconds": done.seconds,
         "failures": failures,
-        "skipped": sorted({event["text"] for event in final.values() if event["outcome"] == "skipped"}),
+        "skipped": [{"test": e["test"], "text": e["text"]} for e in final.values() if e["outcome"] == "skipped"],
         "slowest": sorted(((round(e["seconds"], 2), e["test"]) for e in final.values()), reverse=True)[:5],
     }
 

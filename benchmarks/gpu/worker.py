@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,9 @@ def work(group: str, path: Path, *, mode: str) -> None:
     """Measure a group, mode "full", "quick" or "dry" (on the CPU, tiny), into a file that grows."""
     if group == "facts":
         write_json(path, facts(dry=mode == "dry"))
+        return
+    if group == "compile":
+        write_json(path, compile_all(dry=mode == "dry"))
         return
     part, dry = Part(path), mode == "dry"
     clock = Clock(torch.device("cpu" if dry else "cuda"), 3 if dry else REPETITIONS)
@@ -59,6 +65,22 @@ def work(group: str, path: Path, *, mode: str) -> None:
         part.fail(group, error)
         raise
     part.save()
+
+
+def compile_all(*, dry: bool) -> dict[str, Any]:
+    """Fill the cache of compiled kernels, several at once, so that no test waits for them; nothing in a rehearsal."""
+    if dry:
+        return {"programs": 0, "seconds": 0.0}
+    from sharpscope.kernels import _cupy
+    from sharpscope.kernels._dispatch import FUNCTIONS
+
+    began = time.perf_counter()
+    arch = _cupy.architecture(torch.cuda.get_device_capability())
+    modules = [importlib.import_module(f"sharpscope.kernels.{function}_cuda") for function in FUNCTIONS]
+    sources = [source for module in modules for source in module.SOURCES]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        paths = list(pool.map(lambda source: _cupy.cubin(source, arch), sources))
+    return {"programs": len(set(paths)), "architecture": arch, "seconds": round(time.perf_counter() - began, 1)}
 
 
 def facts(*, dry: bool) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """The public fused step: many tensors, compiled steps, refusals. The bits are tested path by path."""
 
 import copy
+import io
+from dataclasses import replace
 
 import pytest
 import torch
-from sharpscope.kernels import adamw4_numbers, adamw4_state, adamw4_step, dequantize
+from sharpscope.kernels import adamw4_numbers, adamw4_state, adamw4_step, dequantize, quantize_m, quantize_v
 
 GENERATOR = torch.Generator().manual_seed(4)
 
@@ -74,17 +76,17 @@ def test_a_tensor_of_zeros_stays_zero():
 
 @pytest.mark.parametrize("scale", ["rank1", "block128"])
 def test_a_nan_changes_nothing_but_the_counter(scale):
-    p = normal(4, 256)
+    p = normal(64, 256)
     state = adamw4_state(p, scale=scale)
-    adamw4_step([p], [normal(4, 256)], [state], lr=1e-2, step=1)
-    g = normal(4, 256)
+    adamw4_step([p], [normal(64, 256)], [state], lr=1e-2, step=1)
+    g = normal(64, 256)
     p_clean, state_clean = p.clone(), copy.deepcopy(state)
     before, v_before = p.clone(), dequantize(state.v)
     adamw4_step([p_clean], [g], [state_clean], lr=1e-2, step=2)
     g[1, 130] = torch.nan
     adamw4_step([p], [g], [state], lr=1e-2, step=2)
     assert state.skipped.item() == 1
-    hit = torch.zeros(4, 256, dtype=torch.bool)
+    hit = torch.zeros(64, 256, dtype=torch.bool)
     hit[1, 128:] = True
     assert torch.equal(p[hit], before[hit])
     assert torch.equal(p[~hit], p_clean[~hit])
@@ -93,8 +95,16 @@ def test_a_nan_changes_nothing_but_the_counter(scale):
         assert torch.equal(dequantize(state.v)[hit], v_before[hit])
         assert torch.equal(dequantize(state.v)[~hit], dequantize(state_clean.v)[~hit])
     else:
-        row_max = dequantize(state.v).amax(1, keepdim=True).expand(4, 256)[hit]
+        row_max = dequantize(state.v).amax(1, keepdim=True).expand(64, 256)[hit]
         assert ((dequantize(state.v)[hit] - v_before[hit]).abs() <= 0.0626 * row_max).all()
+
+
+def test_narrow_matrices_keep_to_blocks_and_the_state_small():
+    for shape in ((1, 10000), (10000, 1), (64, 9), (4, 3, 3, 3)):
+        state = adamw4_state(torch.zeros(shape))
+        assert state.v.scale == "block128"
+        assert state.nbytes == 2 * (torch.Size(shape).numel() / 2 + 4 * -(-torch.Size(shape).numel() // 128))
+    assert adamw4_state(torch.zeros(64, 64)).v.scale == "rank1"
 
 
 def test_numbers_from_a_tensor_are_those_given():
@@ -123,6 +133,42 @@ def test_a_compiled_step_has_no_graph_break_and_the_same_bits():
         sums = train(twins, grads, t)
         assert same(sums, [p.sum() for p in params])
     assert same(bits(params, states), bits(twins, twin_states))
+
+
+def test_a_compiled_step_follows_a_schedule_through_its_numbers_and_any_seed():
+    params, states = problem()
+    twins, twin_states = [p.clone() for p in params], copy.deepcopy(states)
+    grads = [normal(*p.shape) for p in params]
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def train(numbers, seed):
+        adamw4_step(twins, grads, twin_states, lr=0.0, step=1, numbers=numbers, rounding="stochastic", seed=seed)
+
+    for t in range(1, 13):
+        adamw4_step(params, grads, states, lr=1e-2 / t, step=t, rounding="stochastic", seed=t)
+        train(adamw4_numbers(lr=1e-2 / t, step=t), t)
+    assert same(bits(params, states), bits(twins, twin_states))
+
+
+def test_a_compiled_step_refuses_shared_memory_too():
+    p, state = normal(64), adamw4_state(torch.zeros(64))
+    for params, grads, states in (([p], [p], [state]), ([p, p], [normal(64)] * 2, [state, adamw4_state(p)])):
+        step = torch.compile(adamw4_step, backend="aot_eager")
+        with pytest.raises(ValueError, match="share"):
+            step(params, grads, states, lr=1e-2, step=1)
+
+
+def test_the_codec_compiles():
+    x = normal(30, 40).square()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def there_and_back(x, seed):
+        packed = quantize_v(x, rounding="stochastic", seed=seed)
+        return dequantize(packed) + dequantize(quantize_m(x))
+
+    for seed in range(3):
+        expected = dequantize(quantize_v(x, rounding="stochastic", seed=seed)) + dequantize(quantize_m(x))
+        assert torch.equal(there_and_back(x, seed), expected)
 
 
 def test_the_operators_keep_the_rules_of_torch():
@@ -157,7 +203,16 @@ def test_gradients_may_be_shared_and_parameters_may_not():
         adamw4_step([both[:64], both[32:]], [g, g], states, lr=1e-2, step=2)
     with pytest.raises(ValueError, match=r"`params\[0\]` and `grads\[0\]` share memory"):
         adamw4_step([p], [p], states[:1], lr=1e-2, step=2)
-    with pytest.raises(ValueError, match=r"`states\[0\].[mv]` and `states\[1\].[mv]` share memory"):
+    shared = replace(states[1], m=replace(states[1].m, scales=states[0].m.scales))
+    with pytest.raises(ValueError, match=r"`states\[0\].m` and `states\[1\].m` share memory"):
+        adamw4_step([p, q], [g, g], [states[0], shared], lr=1e-2, step=2)
+    # A long gradient that holds a written tensor, with a short gradient between their beginnings.
+    room = normal(512)
+    long, short, written = room[:400], room[16:32], room[64:128]
+    three = [adamw4_state(x, id=i) for i, x in enumerate((normal(400), normal(16), written))]
+    with pytest.raises(ValueError, match=r"`params\[2\]` and `grads\[0\]` share memory"):
+        adamw4_step([normal(400), normal(16), written], [long, short, normal(64)], three, lr=1e-2, step=1)
+    with pytest.raises(ValueError, match=r"`states\[0\].\w+` and `states\[1\].\w+` share memory"):
         adamw4_step([p, q], [g, g], [states[0], states[0]], lr=1e-2, step=2)
 
 
@@ -172,10 +227,30 @@ def test_gradients_may_be_shared_and_parameters_may_not():
         ({"lr": -1.0}, ValueError, "`lr` is -1.0"),
         ({"lr": float("nan")}, ValueError, "`lr` is nan"),
         ({"eps": -1e-8}, ValueError, "`eps`"),
+        ({"eps": 1e-50}, ValueError, "`eps` is 1e-50; in float32"),
+        ({"lr": 1e39}, ValueError, "`lr` is 1e"),
+        ({"grads": [torch._neg_view(torch.ones(8))]}, ValueError, r"`grads\[0\]` is a negated view"),
         ({"betas": (0.9, 1.0)}, ValueError, "`betas`"),
+        ({"betas": 0.9}, ValueError, "`betas` is 0.9"),
+        ({"betas": (0.9, 1 - 1e-11)}, ValueError, "below 1 in float32"),
         ({"step": 0}, ValueError, "`step` is 0"),
+        ({"step": 1.5}, TypeError, "`step` is 1.5"),
+        ({"step": True}, TypeError, "`step` is True"),
+        ({"lr": "a"}, TypeError, "`lr` is 'a'"),
+        ({"grads": [None]}, TypeError, r"`grads\[0\]` is a NoneType.*leave out parameters without a gradient"),
+        ({"states": [None]}, TypeError, r"`states\[0\]` is a NoneType.*see adamw4_state"),
+        ({"params": torch.zeros(8)}, TypeError, "`params` is a Tensor; pass a list"),
+        ({"params": (p for p in [torch.zeros(8)])}, TypeError, "`params` is a generator; pass a list"),
+        ({"grads": [torch.zeros(8).to_sparse()]}, ValueError, r"`grads\[0\]` is torch.sparse_coo.*to_dense"),
         ({"rounding": "down"}, ValueError, "`rounding` is 'down'"),
         ({"seed": -2}, ValueError, "`seed` is -2"),
+        ({"numbers": torch.zeros(9, dtype=torch.float64)}, ValueError, "`numbers` is torch.float64"),
+        ({"numbers": torch.zeros(8)}, ValueError, r"`numbers` is torch.float32 \[8\]"),
+        (
+            {"states": [replace(adamw4_state(torch.zeros(8)), skipped=torch.zeros(1))]},
+            ValueError,
+            "skipped. is torch.float32",
+        ),
         ({"params": [torch.zeros(8, device="meta")]}, ValueError, "meta"),
     ],
 )
@@ -201,6 +276,10 @@ def test_states_are_refused_for_what_has_no_entries_or_no_such_map():
         adamw4_state(torch.zeros(3), map="de")
     with pytest.raises(ValueError, match="`scale` is 'row'"):
         adamw4_state(torch.zeros(3), scale="row")
+    with pytest.raises(TypeError, match="`param` is torch.int64"):
+        adamw4_state(torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(TypeError, match="`param` is a list"):
+        adamw4_state([1.0])
 
 
 def test_autograd_notices_that_a_parameter_it_saved_has_moved():
@@ -209,3 +288,31 @@ def test_autograd_notices_that_a_parameter_it_saved_has_moved():
     adamw4_step([w], [normal(8)], [adamw4_state(w)], lr=1e-2, step=1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_states_are_saved_and_loaded_as_torch_does_by_default():
+    params, states = problem()
+    adamw4_step(params, [normal(*p.shape) for p in params], states, lr=1e-2, step=1)
+    file = io.BytesIO()
+    torch.save({"params": params, "states": states}, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    grads = [normal(*p.shape) for p in params]
+    adamw4_step(params, grads, states, lr=1e-2, step=2)
+    adamw4_step(loaded["params"], grads, loaded["states"], lr=1e-2, step=2)
+    assert same(bits(params, states), bits(loaded["params"], loaded["states"]))
+    object.__setattr__(loaded["states"][0].m, "version", 2)
+    with pytest.raises(ValueError, match="`version` of the payload is 2"):
+        adamw4_step(loaded["params"], grads, loaded["states"], lr=1e-2, step=3)
+
+
+def test_states_print_in_a_line_and_compare_by_identity():
+    first, second = adamw4_state(torch.zeros(300)), adamw4_state(torch.zeros(300))
+    assert first != second
+    assert "Packed([300], map='de', scale='block128', 162 bytes)" in repr(first)
+
+
+def test_random_numbers_are_not_shared():
+    params = [normal(8), normal(8)]
+    with pytest.raises(ValueError, match=r"`states` have the ids \[0, 0\]"):
+        adamw4_step(params, params, [adamw4_state(p) for p in params], lr=1e-3, step=1, rounding="stochastic")

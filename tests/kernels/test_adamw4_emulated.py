@@ -1,6 +1,7 @@
 """The CUDA AdamW step, run on the CPU, against the definition: every byte, under any order of threads."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -234,12 +235,65 @@ def test_tables_are_made_once_for_the_same_memory(emulated):
     assert moved is not first
     addresses = {int(group.entries[1]) for group in moved}
     assert batch.grads[0].data_ptr() in addresses
-    elsewhere = []
-    for _ in range(2 * adamw4_cuda.KEPT_TABLES):
-        elsewhere.append(batch.grads[0].clone())
-        batch = replace(batch, grads=[elsewhere[-1], *batch.grads[1:]])
-        adamw4_cuda.step(batch, numbers(3), launcher=emulated())
-    assert len(adamw4_cuda._tables) <= adamw4_cuda.KEPT_TABLES
+
+
+def in_new_memory(batch, count):
+    """The same batch with `count` other places of its first gradient."""
+    return [replace(batch, grads=[batch.grads[0].clone(), *batch.grads[1:]]) for _ in range(count)]
+
+
+def test_tables_are_kept_up_to_a_number_of_words(monkeypatch):
+    """Those used last; of tensors that are stepped one by one, thousands."""
+    tables = adamw4_cuda._Tables()
+    monkeypatch.setattr(adamw4_cuda, "_tables", tables)
+    batches = in_new_memory(batch_of([Spec(300)]), 50)
+    made = [adamw4_cuda._groups(batch) for batch in batches]
+    assert all(adamw4_cuda._groups(batch) is groups for batch, groups in zip(batches, made, strict=True))
+    assert tables.words == 50 * adamw4_cuda.LEAST_WORDS
+    assert 5000 * adamw4_cuda.LEAST_WORDS < adamw4_cuda.KEPT_WORDS
+    monkeypatch.setattr(adamw4_cuda, "KEPT_WORDS", 3 * adamw4_cuda.LEAST_WORDS)
+    newest = adamw4_cuda._groups(in_new_memory(batches[0], 1)[0])
+    assert newest[0].entries is not made[0][0].entries
+    assert [adamw4_cuda._groups(batches[i]) is made[i] for i in (48, 49)] == [True, True]
+    assert adamw4_cuda._groups(batches[47]) is not made[47]
+    assert tables.words == adamw4_cuda.KEPT_WORDS
+    large = batch_of([Spec(200)] * 20)  # more than the limit by itself
+    assert adamw4_cuda._groups(large) is adamw4_cuda._groups(large)
+    assert tables.words > adamw4_cuda.KEPT_WORDS
+
+
+class OnCuda(torch.Tensor):
+    """A CPU tensor that claims to be on a CUDA device."""
+
+    device = property(lambda self: torch.device("cuda", 0))
+
+
+def test_a_capture_takes_known_tables_and_makes_none(monkeypatch):
+    known, unknown = in_new_memory(batch_of([Spec(300)]), 2)
+    for batch in (known, unknown):
+        batch.params[0] = batch.params[0].as_subclass(OnCuda)
+    capturing, streams, built = [False], [1], []
+    monkeypatch.setattr(adamw4_cuda, "_tables", adamw4_cuda._Tables())
+    monkeypatch.setattr(adamw4_cuda, "_captured", captured := [])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=streams[0]))
+
+    def build(batch, device, stream):
+        built.append(adamw4_cuda._Table([], torch.zeros(20), stream))
+        return built[-1]
+
+    monkeypatch.setattr(adamw4_cuda, "_built", build)
+    groups = adamw4_cuda._groups(known)
+    capturing[0], streams[0] = True, 2
+    assert all(adamw4_cuda._groups(known) is groups for _ in range(3))
+    assert captured == built
+    assert len(built) == 1
+    with pytest.raises(RuntimeError, match="being captured.* 1 tensors .*run one step on these very tensors before"):
+        adamw4_cuda._groups(unknown)
+    assert len(built) == 1
+    capturing[0] = False
+    assert adamw4_cuda._groups(known) is not groups  # another stream would not wait for the upload
+    assert captured == built[:1]
 
 
 def test_no_tensors_is_no_step(emulated):

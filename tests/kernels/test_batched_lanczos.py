@@ -319,3 +319,10 @@ def test_bad_arguments_are_named(offsets, num_steps, options, error, message):
 def test_bad_products_are_named(product, error, message):
     with pytest.raises(error, match=message):
         batched_lanczos(product, [0, 4], 3)
+
+
+def test_a_product_that_writes_to_the_basis_is_refused():
+    with pytest.raises(ValueError, match="`matvec` wrote to its argument"):
+        batched_lanczos(lambda v: v.mul_(2), [0, 5], 3)
+    with pytest.raises(TypeError, match="`matvec` is a Tensor"):
+        batched_lanczos(torch.eye(5), [0, 5], 3)

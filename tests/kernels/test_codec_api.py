@@ -99,6 +99,8 @@ def test_payloads_survive_torch_save_and_deepcopy():
         (lambda: quantize_m(torch.zeros(3, dtype=torch.complex64)), TypeError, "complex64"),
         (lambda: quantize_m(torch.zeros(0, 4)), ValueError, r"\[0, 4\].*no entries"),
         (lambda: quantize_m(torch.zeros(4, 5).T), ValueError, "strides.*contiguous"),
+        (lambda: quantize_m(torch._neg_view(torch.ones(4))), ValueError, "negated view"),
+        (lambda: quantize_m(torch._efficientzerotensor(4)), ValueError, "no memory of its own"),
         (lambda: quantize_m(torch.zeros(4), rounding="up"), ValueError, "`rounding` is 'up'"),
         (lambda: quantize_m(torch.zeros(4), seed=-1), ValueError, "`seed` is -1"),
         (lambda: quantize_m(torch.zeros(4), seed=2**63), ValueError, "`seed`"),

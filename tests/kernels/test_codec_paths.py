@@ -33,9 +33,10 @@ def path(request):
 
 @pytest.fixture
 def two_threads():
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
-    torch.set_num_threads(1)
+    torch.set_num_threads(before)
 
 
 def numbers(n, kind, map, seed):

@@ -12,13 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import gpu_suite
 from gpu.checkout import commit, cuda_hashes, environment, kernel_names, make_importable
-from gpu.clock import Clock
 from gpu.process import Finished, run
 from gpu.report import Part, table, write_json
 from gpu.targets import TARGETS, judged
@@ -207,6 +205,9 @@ def test_skipped_tests_are_fine_in_a_rehearsal_only_and_verify_nothing(monkeypat
     status, results = a_run(monkeypatch, tmp_path, "--tests", path, "--record", record)
     assert status == 0
     assert results["verified"] is False
+    (skipped,) = results["skipped"]
+    assert (skipped["test"].split("::")[-1], skipped["text"]) == ("test_b", "Skipped: no device")
+    assert "verified: no\n  skipped " in table(results)
     assert not record.exists()
     options = ["--skip-sanitizer", "--out", str(tmp_path / "out.json"), "--tests", str(path), "--record", str(record)]
     assert gpu_suite.main(options) == 1
@@ -245,6 +246,73 @@ def test_the_record_is_what_capabilities_reads(monkeypatch, tmp_path, rehearsal)
     write_json(record, {**written, "files": {name: "0" for name in written["files"]}})
     for function in ("codec", "adamw4", "lanczos", "tridiagonal"):
         assert "since it was changed" in capabilities.verification(function)
+
+
+def a_suite(tmp_path, *options):
+    """One that runs nothing by itself."""
+    suite = gpu_suite.Suite(gpu_suite.parsed(["--out", str(tmp_path / "out.json"), *options]), tmp_path)
+    suite.results["errors"] = {}
+    return suite
+
+
+def test_errors_stay_with_their_group(monkeypatch, tmp_path):
+    suite = a_suite(tmp_path)
+    parts = {
+        "step": {"errors": ["one", "two"], "figures": {}},
+        "codec": {"errors": [], "figures": {TARGETS[0].name: 9.0}},
+    }
+    monkeypatch.setattr(suite, "worker", lambda group: parts[group])
+    for group in parts:
+        suite.timings(group)
+    assert suite.results["errors"] == {"step": "one\ntwo"}
+    assert suite.results["targets"][0]["value"] == 9.0
+
+
+@pytest.mark.parametrize(
+    ("waiting", "errors", "not_run"),
+    [(None, {"lanczos"}, {}), ("loop", set(), {"loop": "not run: the process stopped at its time limit"})],
+)
+def test_a_group_that_ends_within_a_rival_is_no_error(monkeypatch, tmp_path, waiting, errors, not_run):
+    suite = a_suite(tmp_path)
+
+    def stopped(command, **how):
+        part = Part(Path(command[4]))
+        part.add("ours", 5, {"device_us": 1.0})
+        part.waiting_for = waiting
+        part.save()
+        return Finished(None, "the end", 1.0)
+
+    monkeypatch.setattr(gpu_suite, "run", stopped)
+    suite.timings("lanczos")
+    assert set(suite.results["errors"]) == errors
+    found = suite.results["timings"]["lanczos"]
+    assert found["not_run"] == not_run
+    assert [m["what"] for m in found["measurements"]] == ["ours"]
+
+
+def test_the_verification_lies_beside_a_chosen_result_file_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_suite, "RECORD", tmp_path / "kernels" / "verified.json")
+    assert a_suite(tmp_path).records() == [tmp_path / "kernels" / "verified.json", tmp_path / "verified.json"]
+    assert a_suite(tmp_path / "a", "--record", "other.json").records() == [Path("other.json")]
+    assert a_suite(tmp_path / "b", "--dry-run").records() == []
+    suite = a_suite(tmp_path / "c")
+    suite.results |= {"tests": {"all_passed": True}, "environment": {"device": "GPU"}}
+    assert suite.record()
+    written = [json.loads(path.read_text()) for path in suite.records()]
+    assert written[0] == written[1] == {"device": "GPU", "date": suite.results["date"], "files": cuda_hashes()}
+
+
+def test_a_commit_can_be_named(tmp_path):
+    assert a_suite(tmp_path, "--commit", "a release").results["commit"] == "a release"
+    assert a_suite(tmp_path / "a").results["commit"] == commit()
+
+
+def test_time_is_left_for_the_sanitizer(tmp_path):
+    suite = a_suite(tmp_path, "--seconds", "300")
+    assert 175 < suite.limit(1000.0) <= 180
+    assert 295 < suite.limit(1000.0, reserve=0.0) <= 300
+    assert suite.limit(50.0) == 50.0
+    assert 295 < a_suite(tmp_path / "a", "--seconds", "300", "--skip-sanitizer").limit(1000.0) <= 300
 
 
 def test_hashes_are_those_of_the_files():
@@ -377,26 +445,3 @@ def test_processes_are_stopped_with_their_children(tmp_path):
     assert done.code is None
     assert done.output.strip() == "1"
     assert done.seconds < 30
-
-
-def test_a_clock_goes_round_all_sets_and_takes_medians():
-    calls = []
-    clock = Clock(torch.device("cpu"), 7)
-    timing = clock.measure([lambda i=i: calls.append(i) for i in range(3)])
-    assert timing["repetitions"] == 7
-    assert timing["sets"] == 3
-    assert calls == [0, 1, 2, 0, *[0, 1, 2, 0, 1, 2, 0] * 2]
-    assert timing["device_best_us"] <= timing["device_us"] <= timing["device_worst_us"]
-    assert clock.sets_for(10 * clock.l2_bytes) == 4
-    assert clock.sets_for(clock.l2_bytes // 4) == 8
-
-
-def test_parts_are_on_disk_after_every_step(tmp_path):
-    part = Part(tmp_path / "part.json")
-    part.add("thing", 5, {"device_us": 1.0})
-    part.fail("other", ValueError("bad"))
-    assert json.loads((tmp_path / "part.json").read_text()) == {
-        "measurements": [{"what": "thing", "n": 5, "device_us": 1.0}],
-        "figures": {},
-        "errors": ["other: ValueError: bad"],
-    }

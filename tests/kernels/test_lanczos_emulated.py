@@ -78,6 +78,41 @@ def test_strips_of_several_tiles(emulated, monkeypatch, strips):
     assert float((Q @ Q.T - torch.eye(7)).abs().max()) < 5e-6
 
 
+def sums_over(strips, launcher):
+    """Coefficients, totals, remainders and scales from numbers made up for each strip: by reduce, then by finish."""
+    counts, capacity, j = [len(part) for part in strips], strips[0].shape[1], 36
+    B, partial = len(counts), torch.cat(strips)
+    strips_of, offsets = (torch.from_numpy(bounds_of(lengths)) for lengths in (counts, [1000] * B))
+    c, total, alpha, remainder = (torch.zeros(B, capacity, dtype=torch.float64) for _ in range(4))
+    scale, divisor = (torch.zeros(B, dtype=torch.float64) for _ in range(2))
+    steps, still_open = torch.zeros(B, dtype=torch.int64), torch.ones(B, dtype=torch.int32)
+    size = np.int32(capacity)
+    args = (partial, strips_of, np.int32(j + 1), size, np.int32(0), c, total)
+    launcher.launch(lanczos_cuda.SOURCES[0], "lanczos_reduce", 2 * B, 32 * lanczos_cuda.GROUPS, args)
+    args = (partial, strips_of, offsets, size, np.int32(j), np.float64(0), total, alpha, remainder, scale, steps)
+    launcher.launch(lanczos_cuda.SOURCES[0], "lanczos_finish", B, lanczos_cuda.THREADS, (*args, still_open, divisor))
+    return c, total, remainder, scale
+
+
+def test_sums_over_more_strips_than_threads(emulated):
+    """True to rounding, and the same bits in any schedule and beside any neighbours."""
+    rng = torch.Generator().manual_seed(0)
+    strips = [torch.rand(count, 40, generator=rng, dtype=torch.float64) + 0.1 for count in (700, 1, 33, 2049)]
+    found = sums_over(strips, emulated())
+    for b, part in enumerate(strips):
+        sums = part[:, :37].sum(0)
+        torch.testing.assert_close(found[0][b, :37], sums, rtol=1e-13, atol=0)
+        assert torch.equal(found[1][b], found[0][b])
+        assert not found[0][b, 37:].any()
+        torch.testing.assert_close(found[2][b, 36], part[:, 0].sum().sqrt(), rtol=1e-13, atol=0)
+        size = (sums.square().sum() + part[:, 0].sum()).sqrt()
+        torch.testing.assert_close(found[3][b], size, rtol=1e-13, atol=0)
+        alone = sums_over([part], emulated(5))
+        assert all(torch.equal(one[0], many[b]) for one, many in zip(alone, found, strict=True))
+    for seed in (1, 2):
+        assert all(torch.equal(a, b) for a, b in zip(sums_over(strips, emulated(seed)), found, strict=True))
+
+
 def test_more_rows_than_threads(emulated):
     """Coefficients are taken up in portions of one for each thread."""
     state = run(emulated(), bounds_of([300]), 290, torch.float64)

@@ -1,6 +1,7 @@
 """Starting kernels on a GPU, where stand-ins play CuPy and the device; and compiling with NVRTC."""
 
 import contextlib
+import os
 import sys
 from types import SimpleNamespace
 
@@ -164,14 +165,14 @@ def test_compiled_once_for_each_architecture_and_loaded_once_for_each_device(gpu
 
 
 def test_the_cached_file_depends_on_text_options_and_compiler(gpu, source, monkeypatch):
-    paths = {_cupy._cubin(source, "sm_90")}
+    paths = {_cupy.cubin(source, "sm_90")}
     monkeypatch.setattr(_nvrtc, "nvrtc_version", lambda: (13, 1))
-    paths.add(_cupy._cubin(source, "sm_90"))
+    paths.add(_cupy.cubin(source, "sm_90"))
     monkeypatch.setattr(_nvrtc, "OPTIONS", (*_nvrtc.OPTIONS, "--other"))
-    paths.add(_cupy._cubin(source, "sm_90"))
+    paths.add(_cupy.cubin(source, "sm_90"))
     with open(source.files[0], "a") as file:
         file.write("// changed\n")
-    paths.add(_cupy._cubin(source, "sm_90"))
+    paths.add(_cupy.cubin(source, "sm_90"))
     assert len(paths) == 4
     assert all(path.read_bytes() == b"machine code" for path in paths)
     folder = paths.pop().parent
@@ -183,10 +184,26 @@ def test_a_folder_that_cannot_be_written_is_passed_over(gpu, source, monkeypatch
     monkeypatch.setenv("SHARPSCOPE_CACHE", str(tmp_path / "file" / "below"))
     monkeypatch.setattr(_cupy.tempfile, "gettempdir", lambda: str(tmp_path / "other"))
     (tmp_path / "other").mkdir()
-    assert _cupy._cubin(source, "sm_90").parent.parent == tmp_path / "other"
+    assert _cupy.cubin(source, "sm_90").parent.parent == tmp_path / "other"
     monkeypatch.setattr(_cupy.tempfile, "gettempdir", lambda: str(tmp_path / "file"))
     with pytest.raises(CudaUnavailable, match="kept nowhere .*SHARPSCOPE_CACHE"):
-        _cupy._cubin(source, "sm_90")
+        _cupy.cubin(source, "sm_90")
+
+
+def test_a_folder_that_others_may_write_is_not_trusted(gpu, source, monkeypatch, tmp_path):
+    """What lies there under the right name is not loaded."""
+    good = _cupy.cubin(source, "sm_90")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SHARPSCOPE_CACHE", str(tmp_path / "file" / "below"))
+    monkeypatch.setattr(_cupy.tempfile, "gettempdir", lambda: str(tmp_path))
+    shared = tmp_path / f"sharpscope-{os.getuid()}"
+    shared.mkdir()
+    (shared / good.name).write_bytes(b"planted")
+    shared.chmod(0o777)
+    with pytest.raises(CudaUnavailable, match="others may write into .*SHARPSCOPE_CACHE"):
+        _cupy.cubin(source, "sm_90")
+    shared.chmod(0o700)
+    assert _cupy.cubin(source, "sm_90") == shared / good.name
 
 
 @pytest.mark.parametrize(
@@ -209,10 +226,16 @@ def test_wrong_arguments_are_refused(gpu, source, args, error, message):
     assert gpu.launches == []
 
 
-@pytest.mark.parametrize(("grid", "block"), [(0, 32), (1, 0), (-1, 32)])
-def test_empty_launches_are_refused(gpu, source, grid, block):
-    with pytest.raises(ValueError, match=f"go: {grid} blocks of {block} threads"):
+@pytest.mark.parametrize(("grid", "block"), [(0, 32), (1, 0), (-1, 32), (2**31, 32), (1, 1025)])
+def test_launches_that_no_gpu_takes_are_refused(gpu, source, grid, block):
+    with pytest.raises(ValueError, match=f"go: {grid} blocks of {block} threads; .* 1 to 2147483647 .* 1 to 1024"):
         _cupy.launcher().launch(source, "go", grid, block, [on_cuda(torch.zeros(2))])
+    assert gpu.launches == []
+
+
+def test_the_largest_launch_is_made(gpu, source):
+    _cupy.launcher().launch(source, "go", 2**31 - 1, 1024, [on_cuda(torch.zeros(2))])
+    assert (gpu.launches[0].grid, gpu.launches[0].block) == ((2**31 - 1,), (1024,))
 
 
 def test_available_on_a_working_machine(gpu):
@@ -234,8 +257,13 @@ def break_nvrtc(gpu, monkeypatch):
     monkeypatch.setattr(_nvrtc, "nvrtc_version", missing)
 
 
+def break_capability(gpu, monkeypatch):
+    gpu.capability = (7, 5)
+    monkeypatch.setattr(_nvrtc, "supported_archs", lambda: (70, 75, 80, 86, 90))
+
+
 def break_architecture(gpu, monkeypatch):
-    gpu.capability = (7, 0)
+    gpu.capability = (11, 0)
 
 
 def break_driver(gpu, monkeypatch):
@@ -259,7 +287,8 @@ def break_everything(gpu, monkeypatch):
         (break_torch, "built without CUDA; install a CUDA build"),
         (break_device, "torch finds no CUDA device .* driver for CUDA 13.0 or newer"),
         (break_nvrtc, "no NVRTC; install it"),
-        (break_architecture, "no code for compute capability 7.0, only for 8.0, 8.6, 9.0, 10.0, 12.0; take"),
+        (break_capability, "the GPU has compute capability 7.5, but the kernels are made for 8.0 and newer; take"),
+        (break_architecture, "no code for compute capability 11.0, only for 8.0, 8.6, 9.0, 10.0, 12.0; take"),
         (break_driver, r"driver knows CUDA 12.8, .* CUDA 13; update the driver, or install 'sharpscope\[cuda12\]'"),
         (break_driver_badly, r"driver knows CUDA 11.4, .* CUDA 13; update the driver$"),
         (break_everything, "CUDA cannot be used: OSError: libcuda.so.1: file too short"),

@@ -3,9 +3,11 @@
 import ctypes
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -212,9 +214,23 @@ class TestThreads:
         child = os.fork()
         if child == 0:
             seen = []
-            in_parallel(lambda first, last: seen.append(first), 3, grain=1)
-            os._exit(len(seen))
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+            try:
+                in_parallel(lambda first, last: seen.append(first), 3, grain=1)
+            finally:
+                os._exit(len(seen))
+        assert exit_code(child, seconds=30) == 3
+
+
+def exit_code(child, seconds):
+    """Of a process that is killed when it takes longer: -SIGKILL then."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @needs_compiler

@@ -108,6 +108,33 @@ def test_graded_matrices(path):
     check(alpha, beta, nodes, weights)
 
 
+@pytest.mark.parametrize(
+    "powers",
+    [
+        (-90, -225, -235, -158, -140),
+        (-97, -228, -235, -165, -139),
+        (-98, -179, -240, -167, -133),
+        (-109, -201, -244, -177, -150),
+        (-126, -204, -260, -190, -161),
+    ],
+)
+def test_matrices_that_fall_apart_in_a_sweep(path, powers):
+    """Without a diagonal eigenvalues come in pairs ±θ; here ±b₁, ±b₃, ±b₅ to rounding, since b₂ and b₄ are far smaller.
+
+    Every path is exact to rounding of the norm. The iteration keeps the small eigenvalues too, as the dense solver need
+    not: it meets a rotation whose length vanishes, and must give back the shift that the sweep carries.
+    """
+    beta = torch.tensor([10.0**power for power in powers], dtype=torch.float64).unsqueeze(0)
+    alpha = torch.zeros(1, 6).double()
+    nodes, weights = tridiagonal_quadrature(alpha, beta)
+    positive = beta[0, ::2].sort().values
+    exact = torch.cat([-positive.flip(0), positive])
+    torch.testing.assert_close(nodes[0], exact, atol=1e-15 * float(positive[-1]), rtol=0)
+    assert float(weights.sum()) == pytest.approx(1, abs=1e-14)
+    if path != "torch":
+        torch.testing.assert_close(nodes[0], exact, atol=0, rtol=1e-12)
+
+
 def test_wilkinson_matrices(path):
     """W21+ has pairs of eigenvalues that agree to 14 digits without being equal."""
     alpha = torch.arange(-10.0, 11).abs().double().unsqueeze(0)

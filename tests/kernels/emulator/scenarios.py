@@ -85,19 +85,22 @@ def adamw4(launcher: Launcher) -> None:
 
 
 def lanczos(launcher: Launcher) -> None:
-    """Ragged recurrences, one of a single entry and one longer than a tile."""
+    """Ragged recurrences, one of a single entry and one longer than a tile; the latter in strips of one or two tiles."""
     from sharpscope.kernels import lanczos_cuda
     from sharpscope.kernels.lanczos_state import State
 
-    bounds, steps = np.array([0, 1, 34, 334]), 3
-    state = State.empty(bounds, steps, torch.float32, torch.device("cpu"))
-    state.basis.fill_(torch.nan)
-    work = lanczos_cuda.VectorWork(state, launcher=launcher)
-    work.begin(torch.randn(334))
-    diagonal = torch.linspace(1, 2, 334)
-    for j in range(steps):
-        work.step(diagonal * state.basis[j], j)
-    assert state.steps.tolist() == [1, 3, 3]
+    bounds, steps, strips = np.array([0, 1, 34, 634]), 10, lanczos_cuda.STRIPS
+    for most in (strips, 1):
+        lanczos_cuda.STRIPS = most
+        state = State.empty(bounds, steps, torch.float32, torch.device("cpu"))
+        state.basis.fill_(torch.nan)
+        work = lanczos_cuda.VectorWork(state, launcher=launcher)
+        work.begin(torch.randn(634))
+        diagonal = torch.linspace(1, 2, 634)
+        for j in range(steps):
+            work.step(diagonal * state.basis[j], j)
+        assert state.steps.tolist() == [1, 10, 10]
+    lanczos_cuda.STRIPS = strips
 
 
 def tridiagonal(launcher: Launcher) -> None:

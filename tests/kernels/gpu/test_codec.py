@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from sharpscope.kernels import dequantize, quantize_m, quantize_v
+from sharpscope.landscape.memory import available_bytes
 
 pytestmark = pytest.mark.gpu
 
@@ -160,7 +161,7 @@ def test_many_elements_as_on_the_cpu(device, encode, assert_same_bits, map, scal
 def need_room(cuda, gpu_gib, host_gib=4):
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(cuda)[0]
-    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    host = available_bytes(torch.device("cpu"))
     if free < gpu_gib * GIB or host < host_gib * GIB:
         pytest.skip(f"needs {gpu_gib} GiB of the GPU and {host_gib} GiB of the host")
 

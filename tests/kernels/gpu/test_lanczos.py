@@ -12,7 +12,10 @@ DTYPES = {torch.float32: 5e-6, torch.float64: 1e-13}
 
 
 class BlockDiagonal:
-    """A random symmetric matrix for each length; its product is one `mv` per block, whatever stands beside it."""
+    """A random symmetric matrix for each length; its product is one `mv` per block, whatever stands beside it.
+
+    Each reads a copy of its part: what a product of torch's rounds to may depend on where its operand begins.
+    """
 
     def __init__(self, lengths, dtype, device, seed=0):
         rng = torch.Generator().manual_seed(seed)
@@ -26,10 +29,10 @@ class BlockDiagonal:
 
     def __call__(self, v):
         self.calls += 1
-        return torch.cat([A @ part for A, part in zip(self.matrices, v.split(self.lengths), strict=True)])
+        return torch.cat([A @ part.clone() for A, part in zip(self.matrices, v.split(self.lengths), strict=True)])
 
     def one(self, b):
-        return lambda v: self.matrices[b] @ v
+        return lambda v: self.matrices[b] @ v.clone()
 
 
 def start_for(lengths, dtype, device):
