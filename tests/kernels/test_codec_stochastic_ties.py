@@ -26,7 +26,7 @@ def path(request):
 
 
 def ties(map):
-    """(x, codes) [BLOCKS · 128]: entry e is value + u_e · gap above some code where that is exact, else 1; of scale 1."""
+    """(x, codes) [BLOCKS · 128], of scale 1: entry e is value + u_e · gap of some code where that is exact, else 1."""
     table, n = VALUES[map], BLOCKS * BLOCK
     u, value, gap = uniform(n, **STREAM), table[:-1, None], np.diff(table)[:, None]
     y = value + u * gap  # [15, n]
@@ -61,7 +61,7 @@ def check_rank1(quantize, map):
 def assert_codes(packed, codes):
     found = packed.numpy().repeat(2) >> np.tile([0, 4], len(packed)) & 15
     wrong = np.flatnonzero(found != codes)
-    assert not wrong.size, f"{wrong.size} of {codes.size}, first at {wrong[0]}: {found[wrong[0]]}, not {codes[wrong[0]]}"
+    assert not wrong.size, f"{wrong.size} differ, first at {wrong[0]}: {found[wrong[0]]}, not {codes[wrong[0]]}"
 
 
 @pytest.mark.parametrize("map", VALUES)

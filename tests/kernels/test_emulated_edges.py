@@ -1,4 +1,4 @@
-"""The CUDA text on the CPU where numbers are hard: real moments, arbitrary ones, and scales beside the smallest normal."""
+"""The CUDA text on the CPU where numbers are hard: real moments, arbitrary ones, scales beside the smallest normal."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,19 +34,15 @@ def sample(x):
 
 def coded(module, x, map, *, rank1, **how):
     """All that a module makes of x: codes, scales, count of what is bad, decoded values."""
-    n, bad, codes, out = (
-        x.numel(),
-        torch.tensor([3]),
-        torch.zeros((x.numel() + 1) // 2, dtype=torch.uint8),
-        x.new_empty(x.shape),
-    )
-    launcher = {name: how.pop(name) for name in ("launcher",) if name in how}
+    launcher = {"launcher": how.pop("launcher")} if "launcher" in how else {}
+    bad, out = torch.tensor([3]), torch.empty_like(x)
+    codes = torch.zeros((x.numel() + 1) // 2, dtype=torch.uint8)
     if rank1:
         scales = [torch.empty(size) for size in x.shape]
         module.quantize_rank1(x, codes, *scales, bad, map=map, **how, **launcher)
         module.dequantize_rank1(codes, *scales, out, map=map, **launcher)
     else:
-        scales = [torch.empty(-(-n // 128))]
+        scales = [torch.empty(-(-x.numel() // 128))]
         module.quantize_block(x.view(-1), codes, *scales, bad, map=map, **how, **launcher)
         module.dequantize_block(codes, *scales, out.view(-1), map=map, **launcher)
     return [codes, *scales, bad, out]

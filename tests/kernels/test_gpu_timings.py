@@ -88,7 +88,8 @@ def test_findings_of_the_sanitizer_withdraw_the_record(monkeypatch, tmp_path):
     record = tmp_path / "record.json"
     options = ["--out", str(tmp_path / "out.json"), "--record", str(record)]
     for result, kept in (("clean, 3 tests", True), ("findings: 1, in lanczos_dots", False)):
-        suite = gpu_suite.Suite(gpu_suite.parsed(options), tmp_path)
+        (tmp_path / str(kept)).mkdir()
+        suite = gpu_suite.Suite(gpu_suite.parsed(options), tmp_path / str(kept))
         suite.results |= {"tests": {"all_passed": True}, "environment": {"device": "GPU"}}
         suite.results["verified"] = suite.record()
         monkeypatch.setattr(gpu_suite, "sanitize", lambda result=result, **_: {"memcheck": {"result": result}})

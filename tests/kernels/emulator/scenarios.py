@@ -85,22 +85,27 @@ def adamw4(launcher: Launcher) -> None:
 
 
 def lanczos(launcher: Launcher) -> None:
-    """Ragged recurrences, one of a single entry and one longer than a tile; the latter in strips of one or two tiles."""
+    """Ragged recurrences, one of a single entry and one longer than a tile; and one whose strip has two tiles."""
+    from sharpscope.kernels import lanczos_cuda
+
+    lanczos_runs(launcher, np.array([0, 1, 34, 334]), 3)
+    strips, lanczos_cuda.STRIPS = lanczos_cuda.STRIPS, 1
+    lanczos_runs(launcher, np.array([0, 520]), 3)
+    lanczos_cuda.STRIPS = strips
+
+
+def lanczos_runs(launcher: Launcher, bounds: np.ndarray, steps: int) -> None:
     from sharpscope.kernels import lanczos_cuda
     from sharpscope.kernels.lanczos_state import State
 
-    bounds, steps, strips = np.array([0, 1, 34, 634]), 10, lanczos_cuda.STRIPS
-    for most in (strips, 1):
-        lanczos_cuda.STRIPS = most
-        state = State.empty(bounds, steps, torch.float32, torch.device("cpu"))
-        state.basis.fill_(torch.nan)
-        work = lanczos_cuda.VectorWork(state, launcher=launcher)
-        work.begin(torch.randn(634))
-        diagonal = torch.linspace(1, 2, 634)
-        for j in range(steps):
-            work.step(diagonal * state.basis[j], j)
-        assert state.steps.tolist() == [1, 10, 10]
-    lanczos_cuda.STRIPS = strips
+    state = State.empty(bounds, steps, torch.float32, torch.device("cpu"))
+    state.basis.fill_(torch.nan)
+    work = lanczos_cuda.VectorWork(state, launcher=launcher)
+    work.begin(torch.randn(bounds[-1]))
+    diagonal = torch.linspace(1, 2, bounds[-1])
+    for j in range(steps):
+        work.step(diagonal * state.basis[j], j)
+    assert state.steps.tolist() == [min(n, steps) for n in np.diff(bounds)]
 
 
 def tridiagonal(launcher: Launcher) -> None:
