@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -220,6 +221,5 @@ def _why_unavailable() -> str | None:
 
 
 def _cupy() -> Any:
-    import cupy  # late, and after torch: it is slow to import, and would bring its own CUDA libraries before torch's
-
-    return cupy
+    # Late, and after torch: it is slow to import, and would bring its own CUDA libraries before torch's.
+    return importlib.import_module("cupy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from ._launch import Source
@@ -77,7 +78,7 @@ def _compiled(source: Source, options: tuple[str, ...], getter: str) -> tuple[by
 
 def _nvrtc() -> Any:
     try:
-        from cupy.cuda import nvrtc
+        nvrtc = importlib.import_module("cupy.cuda.nvrtc")
     except Exception as error:  # ImportError where it is missing; anything where its installation is broken
         raise CudaUnavailable(
             f"CuPy cannot be imported ({_first_line(error)}); pip install 'sharpscope[cuda13]', "

@@ -91,7 +91,7 @@ def run_adamw4(batch: Batch, by_value: Scalars, numbers: Tensor | None) -> None:
         path.step(batch, by_value, device_numbers=numbers)
     else:
         words = numbers.detach().cpu().numpy()
-        path.step(batch, Scalars(*words[:8], words.view("uint32")[8]))
+        path.step(batch, Scalars._make([*words[:8], words.view("uint32")[8]]))
 
 
 def _empty4(x: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

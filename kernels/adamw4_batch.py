@@ -30,7 +30,7 @@ def scalars(*, lr: float, betas: tuple[float, float], eps: float, weight_decay: 
     """β₁, 1 − β₁, β₂, 1 − β₂, ε, 1 − lr·wd, lr/(1 − β₁ᵗ), 1/√(1 − β₂ᵗ) and t itself for step t ≥ 1."""
     b1, b2 = betas
     numbers = (b1, 1 - b1, b2, 1 - b2, eps, 1 - lr * weight_decay, lr / (1 - b1**step), 1 / math.sqrt(1 - b2**step))
-    return Scalars(*(np.float32(number) for number in numbers), np.uint32(step & 0xFFFFFFFF))
+    return Scalars._make([*map(np.float32, numbers), np.uint32(step & 0xFFFFFFFF)])
 
 
 def scalars_tensor(numbers: Scalars) -> Tensor:

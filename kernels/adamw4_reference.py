@@ -52,7 +52,8 @@ def _step_one(batch: Batch, i: int, k: Scalars) -> None:
         m = (k.b1 * m_old.numpy()) + (k.omb1 * g)
         v = (k.b2 * v_old) + (k.omb2 * (g * g))
         new = (p * k.decay) - (k.step_size * (m / ((np.sqrt(v) * k.rs2) + k.eps)))
-    skip = ~(np.isfinite(padded_blocks(m)) & np.isfinite(padded_blocks(v))).all(axis=1)
+    finite = np.isfinite(padded_blocks(m)) & np.isfinite(padded_blocks(v))
+    skip: np.ndarray = np.any(~finite, axis=1)
     batch.skipped[i] += int(skip.sum())
     keep = np.repeat(skip, BLOCK)[:n]
     flat.copy_(torch.from_numpy(np.where(keep, p, new)))

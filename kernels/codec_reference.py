@@ -43,7 +43,7 @@ def quantize_block(
     """Encode x [n] float32 into `codes` [⌈n/2⌉] uint8 and `scales` [⌈n/128⌉] float32; add bad blocks to `bad` [1]."""
     values = x.numpy()
     padded = padded_blocks(values)
-    broken = ~valid(padded, map).all(axis=1)
+    broken: np.ndarray = np.any(~valid(padded, map), axis=1)
     scale = flushed(np.abs(np.where(broken[:, None], F32(0), padded)).max(axis=1))
     y = np.where(broken[:, None], F32(0), padded) * reciprocal(scale)[:, None]
     u = uniform(y.size, seed=seed, step=step, stream=stream) if stochastic else None
@@ -67,7 +67,7 @@ def quantize_rank1(
 ) -> None:
     """Encode x [R, C] ≥ 0 into `codes` [⌈RC/2⌉], row maxima `rows` [R] and column maxima `columns` [C]."""
     values = x.numpy()
-    broken = ~valid(values, map).all(axis=1)
+    broken: np.ndarray = np.any(~valid(values, map), axis=1)
     clean = np.where(broken[:, None], F32(0), values)
     row, column = flushed(clean.max(axis=1)), flushed(clean.max(axis=0))
     y = clean * reciprocal(rank1_scale(row, column))
@@ -104,7 +104,8 @@ def padded_blocks(values: np.ndarray) -> np.ndarray:
 
 def valid(values: np.ndarray, map: str) -> np.ndarray:
     """What the map can represent: finite, and not negative where it has no sign."""
-    return np.isfinite(values) if map == "de" else np.isfinite(values) & (values >= 0)
+    finite = np.isfinite(values)
+    return finite if map == "de" else np.logical_and(finite, values >= 0)
 
 
 def flushed(largest: np.ndarray) -> np.ndarray:
