@@ -78,7 +78,7 @@ def _compiled(source: Source, options: tuple[str, ...], getter: str) -> tuple[by
 
 def _nvrtc() -> Any:
     try:
-        nvrtc = importlib.import_module("cupy.cuda.nvrtc")
+        nvrtc = importlib.import_module("cupy.cuda").nvrtc
     except Exception as error:  # ImportError where it is missing; anything where its installation is broken
         raise CudaUnavailable(
             f"CuPy cannot be imported ({_first_line(error)}); pip install 'sharpscope[cuda13]', "

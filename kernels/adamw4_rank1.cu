@@ -140,7 +140,8 @@ adamw4_encode_upright(const Entry *__restrict__ entries, const int64 *__restrict
         side[k] = e.v_columns[strip.column + lane * 4 + k];
         side_r[k] = reciprocal(flushed(columns[k]));
     }
-#pragma unroll (2 - STOCHASTIC)
+    constexpr int TURNS = STOCHASTIC ? 1 : 2;
+#pragma unroll TURNS
     for (int number = 0; number < strip.number; ++number) {
         const int64 at = (strip.row + number) * e.C + strip.column + lane * 4;
         const bool skip = skips[e.skips + at / BLOCK];
