@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.accurate import combine, norm, project, rotate_
+from ..kernels.lanczos_state import BREAKDOWN_EPS
 from .operator import LinearOperator
-
-# A remainder below this many roundings of ‖A‖ is noise: the space is invariant.
-BREAKDOWN_EPS = 8
 
 
 class KrylovBasis:
