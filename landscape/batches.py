@@ -122,6 +122,23 @@ def examples(batch: Any, first: int, last: int, size: int) -> Any:
     return map_tensors(batch, narrow)
 
 
+def chosen(batch: Any, rows: Tensor, size: int, *, flattened: bool = False) -> Any:
+    """The examples `rows` [k] of a batch of `size`: tensors with that leading length are indexed, the rest is kept.
+
+    With `flattened`, tensors whose leading length is a multiple of `size` hold several rows of each example.
+    """
+
+    def pick(tensor: Tensor) -> Tensor:
+        length = tensor.shape[0] if tensor.ndim > 0 else 0
+        if length == size:
+            return tensor[rows.to(tensor.device)]
+        if flattened and length > 0 and length % size == 0:
+            return tensor.unflatten(0, (size, -1))[rows.to(tensor.device)].flatten(0, 1)
+        return tensor
+
+    return map_tensors(batch, pick)
+
+
 def digest(batch: Any, into: Any = None) -> Any:
     """SHA-256 over the contents of every tensor of a batch (continues `into` when given)."""
     sha = hashlib.sha256() if into is None else into
@@ -146,6 +163,13 @@ class Batches:
         self._source = as_batches(data)
         self._device, self._dtype = device, dtype
         self._kept: list[Any] | None = None
+
+    @classmethod
+    def in_hand(cls, batches: list[Any], device: torch.device) -> Batches:
+        """Exactly these batches, which are on their device and in their type already."""
+        made = cls((), device, None)
+        made._source = batches
+        return made
 
     def _place(self, tensor: Tensor) -> Tensor:
         target = self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype

@@ -73,6 +73,7 @@ class Evaluation:
         self._takes_arguments = True
         self._look: Any = None
         self._custom_functions: tuple[str, ...] | None = None
+        self._fixed_token: tuple | None = None
         self._clone_leaves = False
         self._others: list[nn.Module] | None = None
         self._resolved_chunk: int | None = chunk_size if isinstance(chunk_size, int) else None
@@ -299,8 +300,20 @@ class Evaluation:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
+    @contextmanager
+    def fixed(self) -> Iterator[None]:
+        """Inside, weights, buffers and data are taken to stay as they are, and are not looked at again."""
+        outer = self._fixed_token
+        self._fixed_token = self.state_token()
+        try:
+            yield
+        finally:
+            self._fixed_token = outer
+
     def state_token(self) -> tuple:
         """Changes whenever weights or buffers do, also through `.data`, which leaves no version behind."""
+        if self._fixed_token is not None:
+            return self._fixed_token
         tensors = (
             list(self._tensors.values()) if self.model is None else [*self.model.parameters(), *self.model.buffers()]
         )

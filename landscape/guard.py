@@ -83,6 +83,16 @@ def substituted(model: nn.Module, replacements: Mapping[int, Tensor]) -> Iterato
 
 
 @contextmanager
+def without_autocast() -> Iterator[None]:
+    """Switches autocast off on every device where it is on."""
+    with ExitStack() as stack:
+        for device_type in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+@contextmanager
 def plain_evaluation(
     model: nn.Module | None, mode: str, *, eager: bool = False, others: Sequence[nn.Module] = ()
 ) -> Iterator[None]:
@@ -98,9 +108,7 @@ def plain_evaluation(
         stack.enter_context(rng_restored())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for device_type in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(without_autocast())
         # Flash and memory-efficient attention have no second derivative (pytorch#116350); the math kernel has.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_without_attention_fast_path())

@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+
+from .state import sparse_parts
+
+
+class InsufficientMemory(MemoryError):
+    """A job needs more memory than there is; the message says what would fit."""
+
+
+def refuse_unless_fits(needed: int, device: torch.device, *, what: str, cure: str) -> None:
+    """Stops before an allocation that cannot succeed.
+
+    Raises:
+        InsufficientMemory: `needed` bytes are more than the device has free.
+    """
+    available = available_bytes(device)
+    if needed > available:
+        raise InsufficientMemory(
+            f"{what} needs {needed / 2**30:.3g} GiB and {available / 2**30:.3g} GiB are free on {device}; {cure}"
+        )
 
 
 def available_bytes(device: torch.device) -> int:
@@ -23,13 +42,22 @@ def available_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Address -> bytes of every distinct memory behind tensors, sparse ones included."""
+    found: dict[int, int] = {}
+    for tensor in tensors:
+        for part in (tensor,) if tensor.layout == torch.strided else sparse_parts(tensor.detach()):
+            storage = part.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
 def saved_bytes(build: Callable[[], object]) -> int:
     """Bytes of distinct storages that autograd saves while `build` runs."""
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        seen[storage.data_ptr()] = storage.nbytes()
+        seen.update(storages((tensor,)))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

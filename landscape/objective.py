@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .batches import Batches, digest
+from .batches import Batches, chosen, digest
 from .callables import accepts, call, code_of, pair
-from .checks import checked_loss, custom_functions
+from .checks import Look, checked_loss, custom_functions
 from .counting import reduction_of, target_count
 from .evaluation import Evaluation
 from .guard import is_compiled
@@ -215,6 +216,57 @@ class Objective(Evaluation):
                     torch.autograd.grad(self.chunk_loss(chunk, theta), theta, allow_unused=True)
                 )
         return self.all_reduce(total)
+
+    def subset(self, share: float) -> Objective | None:
+        """The same loss on about this share of the examples, evenly spaced, so always the same ones.
+
+        Whole batches where there are enough of them, else examples of each batch. It shares the model, holds its
+        examples in memory and is not checked again.
+
+        Args:
+            share: Above 0 and below 1.
+
+        Returns:
+            None for a closure, for fewer examples than 2 / share, or where the loss does not take part of a batch.
+        """
+        if not 0.0 < share < 1.0:
+            raise ValueError(f"`share` is {share}; it must lie between 0 and 1")
+        look = self._first_look()
+        if self._batches is None or look.num_examples * share < 2:
+            return None
+        for flattened in (False, True):
+            kept = self._evenly_spaced(share, flattened=flattened)
+            terms = tuple(self._terms(batch, number) for number, (batch, _) in enumerate(kept))
+            total = float(self.all_reduce(torch.tensor(sum(terms), dtype=torch.float64, device=self.device)))
+            part = copy.copy(self)
+            part._batches = Batches.in_hand([batch for batch, _ in kept], self.device)
+            part._look = Look(tuple(size for _, size in kept), terms, total)
+            part.notes, part._fixed_token = [], None
+            try:
+                with part.evaluation() as theta:
+                    checked_loss(part._evaluate(kept[0][0], theta), 0)
+            except (ValueError, RuntimeError, IndexError):
+                continue
+            return part if total > 0 else None
+        return None
+
+    def _evenly_spaced(self, share: float, *, flattened: bool) -> list[tuple[Any, int]]:
+        """Batches with their sizes that hold about `share` of the examples."""
+        assert self._batches is not None
+        sizes = self._first_look().sizes
+        count = round(share * len(sizes))
+        if count >= 2:
+            numbers = {int((i + 0.5) * len(sizes) / count) for i in range(count)}
+            return [(batch, sizes[number]) for number, batch in enumerate(self._batches) if number in numbers]
+        count = round(share * sum(sizes))
+        picks = torch.arange(count).add(0.5).mul(sum(sizes) / count).long()
+        kept, first = [], 0
+        for size, batch in zip(sizes, self._batches, strict=False):
+            rows = picks[(picks >= first) & (picks < first + size)] - first
+            if len(rows):
+                kept.append((chosen(batch, rows, size, flattened=flattened), len(rows)))
+            first += size
+        return kept
 
     def unflatten(self, v: Tensor) -> dict[str, Tensor]:
         """A flat v [n] as tensors by parameter name."""
