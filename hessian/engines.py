@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
 from ..landscape.objective import Objective
-from ..landscape.selection import near_names
 
 
 class NotTwiceDifferentiable(RuntimeError):
@@ -43,28 +43,53 @@ class Engine(ABC):
     def local_matmat(self, V: Tensor, subset: Sequence[int]) -> Tensor:
         """H[subset, subset] V for V [k, m], where k counts the coordinates of the parameters numbered in `subset`."""
 
+    def expect(self, products: int) -> None:  # noqa: B027
+        """Says that about so many products with whole vectors will be asked for."""
+
+    def gradient(self) -> Tensor:
+        """∇L(θ) [n], from what is kept for the products where an engine keeps it."""
+        return self.objective.gradient()
+
+    def local_products(self, parts: Sequence[tuple[Tensor, Sequence[int]]]) -> list[Tensor]:
+        """`local_matmat` of several (V, subset)."""
+        return [self.local_matmat(V, subset) for V, subset in parts]
+
     def matmat(self, V: Tensor, subset: Sequence[int] | None = None) -> Tensor:
         """H V for V [n, m]; with `subset`, the principal block of those parameters alone.
 
         Raises:
             ValueError: the product is not finite.
         """
-        if V.shape[1] == 0:
-            return V.clone()
-        subset = range(len(self.objective.layout.names)) if subset is None else subset
-        if not self._verified:
+        return self.products([(V, range(len(self.objective.layout.names)) if subset is None else subset)])[0]
+
+    def products(self, parts: Sequence[tuple[Tensor, Sequence[int]]]) -> list[Tensor]:
+        """`matmat` of several (V, subset) at the same weights: the model is entered once for all of them.
+
+        Raises:
+            ValueError: a product is not finite.
+        """
+        if any(V.shape[1] for V, _ in parts) and not self._verified:
             self._verified = True
             self.verify()
-        with normal_tensors(V) as V:
-            product = self.objective.all_reduce(self.local_matmat(V, subset))
-        if not bool(torch.isfinite(product).all()):
+        with ExitStack() as stack:
+            parts = [(stack.enter_context(normal_tensors(V)), subset) for V, subset in parts]
+            wanted = [i for i, (V, _) in enumerate(parts) if V.shape[1]]
+            found = dict(zip(wanted, self.local_products([parts[i] for i in wanted]) if wanted else (), strict=True))
+            products = [
+                self.objective.all_reduce(found[i]) if i in found else V.clone() for i, (V, _) in enumerate(parts)
+            ]
+        for product, (V, _) in zip(products, parts, strict=True):
+            self._check_finite(product, V)
+        return products
+
+    def _check_finite(self, product: Tensor, V: Tensor) -> None:
+        if product.numel() and not all(math.isfinite(end) for end in torch.aminmax(product)):
             cause = (
                 "the vector itself is not finite"
                 if not bool(torch.isfinite(V).all())
                 else ("the second derivative does not exist here (for example sqrt or norm at 0) or overflows")
             )
             raise ValueError(f"a Hessian-vector product by engine {self.name!r} is not finite: {cause}")
-        return product
 
     def verify(self) -> None:
         """Compares one product with differences of gradients when the loss runs through custom autograd functions.
@@ -96,72 +121,3 @@ def normal_tensors(V: Tensor) -> Iterator[Tensor]:
     """Leaves inference mode, whose tensors can neither be differentiated nor updated outside it."""
     with torch.inference_mode(False):
         yield V.clone() if V.is_inference() else V
-
-
-def make_engine(objective: Objective, engine: str) -> Engine:
-    """The engine of that name; "auto" takes the first of double backward, forward over reverse and differences that
-    can differentiate this objective, and says why in `.reason`."""
-    from .difference_engine import FiniteDifference
-    from .graph_engine import DoubleBackward
-    from .tangent_engine import ForwardOverReverse
-
-    engines: dict[str, type[Engine]] = {
-        kind.name: kind for kind in (DoubleBackward, ForwardOverReverse, FiniteDifference)
-    }
-    if engine != "auto":
-        if engine not in engines:
-            names = ["auto", *engines]
-            raise ValueError(f"`engine` is {engine!r}; choose among {names} (near: {near_names(engine, names)})")
-        if objective.captures_tensors and engine != DoubleBackward.name:
-            raise ValueError(
-                f"`engine` is {engine!r}, but the closure takes no arguments, so nothing can be put in its tensors' "
-                f"place; write closure(*tensors), or use engine={DoubleBackward.name!r}"
-            )
-        return engines[engine](objective)
-    failures: list[str] = []
-    for kind in engines.values():
-        if objective.captures_tensors and kind is not DoubleBackward:
-            continue
-        candidate = kind(objective)
-        try:
-            candidate.matmat(_probe(objective))
-        except (RuntimeError, NotImplementedError) as error:
-            if not isinstance(error, NotTwiceDifferentiable) and not _undifferentiable(error):
-                raise
-            failures.append(f"{kind.name}: {str(error).splitlines()[0][:160]}")
-            continue
-        if not failures:
-            candidate.reason = "exact, and the fastest: its graph is kept between products"
-        else:
-            candidate.reason = "the engines before it cannot differentiate this loss (" + "; ".join(failures) + ")"
-        return candidate
-    raise RuntimeError("no engine can differentiate this objective twice: " + "; ".join(failures))
-
-
-def _probe(objective: Objective) -> Tensor:
-    n = objective.num_parameters
-    return torch.full((n, 1), n**-0.5, dtype=objective.dtype, device=objective.device)
-
-
-def _undifferentiable(error: Exception) -> bool:
-    """Whether an error says that an operation has no (second) derivative, as against a mistake of the user's."""
-    text = str(error).lower()
-    signs = (
-        "derivative for",
-        "not implemented",
-        "once_differentiable",
-        "differentiate twice",
-        "forward ad",
-        "forward-mode ad",
-        "double backward",
-        "does not support",
-        "setup_context",
-        "functorch",
-        "vmap",
-        "custom_function",
-        "generate_vmap_rule",
-        "trying to backward through",
-        "zerotensors",
-        "create_graph",
-    )
-    return any(sign in text for sign in signs)

@@ -8,14 +8,22 @@ from typing import Generic, Protocol, TypeVar
 from torch import Tensor
 
 from ..landscape.evaluation import Chunk
+from ..landscape.guard import without_autocast
 from ..landscape.memory import saved_bytes
 from ..landscape.objective import Objective
 
 
 class OverLeaves(Protocol):
-    """Whatever is kept is a graph over these leaves."""
+    """Whatever is kept is a graph over these leaves.
+
+    Attributes:
+        needs_model: A pass through the graph runs parts of the model again.
+    """
 
     theta: tuple[Tensor, ...]
+
+    @property
+    def needs_model(self) -> bool: ...
 
 
 Graph = TypeVar("Graph", bound=OverLeaves)
@@ -40,15 +48,22 @@ class KeptChunks(Generic[Graph]):
         self._token: tuple | None = None
         self._kept: dict[tuple[int, int], Graph] = {}
         self._capacity: int | None = None
+        self._complete = False
 
     def __iter__(self) -> Iterator[Graph]:
         token = self._objective.state_token()
         if token != self._token:
-            self._kept, self._token = {}, token
+            self._kept, self._token, self._complete = {}, token, False
             self._changed()
+        if self._complete and not any(graph.needs_model for graph in self._kept.values()):
+            with without_autocast():
+                yield from self._kept.values()
+            return
         first = next(iter(self._kept.values()), None)
         with self._objective.evaluation(None if first is None else first.theta) as theta:
+            count = 0
             for chunk in self._objective.chunks():
+                count += 1
                 key = (chunk.number, chunk.first)
                 graph = self._kept.get(key)
                 if graph is None:
@@ -56,6 +71,7 @@ class KeptChunks(Generic[Graph]):
                     if len(self._kept) < self._room(chunk, theta):
                         self._kept[key] = graph
                 yield graph
+            self._complete = len(self._kept) == count
 
     def _room(self, chunk: Chunk, theta: tuple[Tensor, ...]) -> int:
         """How many fit. A lone chunk needs its graph anyway."""
@@ -63,6 +79,8 @@ class KeptChunks(Generic[Graph]):
             if chunk.size == chunk.batch_size and self._objective.num_batches == 1:
                 self._capacity = 1
             else:
-                size = saved_bytes(lambda: self._build(chunk, theta))
+                built: list[Graph] = []
+                size = saved_bytes(lambda: built.append(self._build(chunk, theta)))
+                size += int(getattr(built.pop(), "held_bytes", 0))  # what autograd does not see
                 self._capacity = self._objective.memory_budget // max(1, size)
         return self._capacity

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..landscape.layout import Layout
+from ..landscape.memory import refuse_unless_fits
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
@@ -78,6 +80,18 @@ class LinearOperator(ABC):
         """A cheap vector [n] rich in the top eigenvectors (the gradient, for a Hessian), or None."""
         return None
 
+    def coarse(self) -> LinearOperator | None:
+        """A cheaper operator close to this one (the same matrix on a part of the examples), or None."""
+        return None
+
+    def expect(self, products: int) -> None:  # noqa: B027
+        """Says that about so many products will be asked for; an operator may prepare itself for a long run."""
+
+    def fixed(self) -> AbstractContextManager[None]:
+        """A context for a run of products: inside it the matrix stays the same, so that an operator that depends on a
+        model's weights need not look at every product whether they have changed."""
+        return nullcontext()
+
     def matvec(self, v: Tensor) -> Tensor:
         """A v for v [n]."""
         return self.matmat(v.unsqueeze(1)).squeeze(1)
@@ -127,12 +141,19 @@ class LinearOperator(ABC):
 
     def dense(self) -> Tensor:
         """The matrix [n, n], from n products. Meant for small n: it holds n² numbers."""
+        refuse_unless_fits(
+            self._n * self._n * self.dtype.itemsize,
+            self.device,
+            what=f"the matrix [{self._n}, {self._n}]",
+            cure="take `top_eigenvalues` or `spectral_density`, which need products only",
+        )
         columns = []
-        for first in range(0, self._n, DENSE_COLUMNS):
-            last = min(first + DENSE_COLUMNS, self._n)
-            V = torch.zeros(self._n, last - first, dtype=self.dtype, device=self.device)
-            V[torch.arange(first, last), torch.arange(last - first)] = 1.0
-            columns.append(self.matmat(V))
+        with self.fixed():
+            for first in range(0, self._n, DENSE_COLUMNS):
+                last = min(first + DENSE_COLUMNS, self._n)
+                V = torch.zeros(self._n, last - first, dtype=self.dtype, device=self.device)
+                V[torch.arange(first, last), torch.arange(last - first)] = 1.0
+                columns.append(self.matmat(V))
         return torch.cat(columns, dim=1)
 
     def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
@@ -223,6 +244,15 @@ class SumOperator(LinearOperator):
     def start_vector(self) -> Tensor | None:
         return self._terms[0].start_vector()
 
+    def expect(self, products: int) -> None:
+        for term in self._terms:
+            term.expect(products)
+
+    @contextmanager
+    def fixed(self) -> Iterator[None]:
+        with self._terms[0].fixed(), self._terms[1].fixed():
+            yield
+
 
 def _largest_gain(product: Tensor, V: Tensor) -> float:
     """The largest ‖A v‖ / ‖v‖ over the columns."""
@@ -246,6 +276,16 @@ class ScaledOperator(LinearOperator):
 
     def start_vector(self) -> Tensor | None:
         return self._op.start_vector()
+
+    def coarse(self) -> LinearOperator | None:
+        coarse = self._op.coarse()
+        return None if coarse is None else ScaledOperator(coarse, self._factor)
+
+    def expect(self, products: int) -> None:
+        self._op.expect(products)
+
+    def fixed(self) -> AbstractContextManager[None]:
+        return self._op.fixed()
 
 
 class RestrictedOperator(LinearOperator):
@@ -273,6 +313,12 @@ class RestrictedOperator(LinearOperator):
         self._largest_whole = max(self._largest_whole, _largest_gain(whole, V))
         self._largest_block = max(self._largest_block, _largest_gain(block, V))
         return block
+
+    def expect(self, products: int) -> None:
+        self._op.expect(products)
+
+    def fixed(self) -> AbstractContextManager[None]:
+        return self._op.fixed()
 
 
 class PreconditionedOperator(LinearOperator):
@@ -311,3 +357,9 @@ class PreconditionedOperator(LinearOperator):
     def start_vector(self) -> Tensor | None:
         start = self._op.start_vector()
         return None if start is None else start * self._inverse_root.squeeze(1)
+
+    def expect(self, products: int) -> None:
+        self._op.expect(products)
+
+    def fixed(self) -> AbstractContextManager[None]:
+        return self._op.fixed()

@@ -11,13 +11,13 @@ from torch.func import grad, jvp, vmap
 from torch.overrides import TorchFunctionMode
 
 from ..landscape.evaluation import Chunk
-from .engines import Engine
+from .engines import Engine, NotTwiceDifferentiable
 
 # Vectors carried through one vmapped pass: memory grows with it.
 VMAPPED_VECTORS = 8
 
 
-class _PlainMeanSquares(TorchFunctionMode):
+class PlainMeanSquares(TorchFunctionMode):
     """Writes the mean of F.mse_loss out: forward mode through its backward fails in torch 2.13 ("ZeroTensors")."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -49,9 +49,16 @@ class ForwardOverReverse(Engine):
             for chunk in self.objective.chunks():
                 for first in range(0, V.shape[1], VMAPPED_VECTORS):
                     part = V[:, first : first + VMAPPED_VECTORS]
-                    total[:, first : first + part.shape[1]] += chunk.weight * self._products(
-                        chunk, theta, primals, subset, part
-                    )
+                    try:
+                        products = self._products(chunk, theta, primals, subset, part)
+                    except RuntimeError as error:
+                        if "saved tensor hooks" not in str(error):
+                            raise
+                        raise NotTwiceDifferentiable(
+                            f"engine {self.name!r} cannot run activation checkpointing, which torch.func does not "
+                            "support: use engine='double-backward'"
+                        ) from error
+                    total[:, first : first + part.shape[1]] += chunk.weight * products
         return total
 
     def _products(
@@ -67,7 +74,7 @@ class ForwardOverReverse(Engine):
         def product(*tangents: Tensor) -> tuple[Tensor, ...]:
             # The stand-ins stay until the backward pass is over: checkpointed layers run forward again in it.
             with ExitStack() as stack:
-                stack.enter_context(_PlainMeanSquares())
+                stack.enter_context(PlainMeanSquares())
 
                 def loss(*own: Tensor) -> Tensor:
                     everything = list(t.detach() for t in theta)

@@ -7,7 +7,7 @@ from sharpscope import Hessian, Objective, partition
 from sharpscope.hessian import NotTwiceDifferentiable
 from torch import nn
 
-ENGINES = ("double-backward", "forward-over-reverse", "finite-difference")
+ENGINES = ("double-backward", "forward-over-reverse", "finite-difference", "compiled")
 
 
 def split_batches(data, *sizes):

@@ -33,15 +33,18 @@ class Sharpscope(Adapter):
     version = version("sharpscope")
     packages = ("sharpscope",)
 
+    def __init__(self, engine: str = "auto") -> None:
+        self.engine = engine  # of the operators that a trap asks for without naming one
+
     def engines(self) -> tuple[str, ...]:
-        return ("auto", "double-backward", "forward-over-reverse", "finite-difference")
+        return ("auto", "double-backward", "forward-over-reverse", "finite-difference", "compiled")
 
     def _objective(self, problem: Problem) -> Objective:
         split = None if problem.paired else problem.split
         return Objective.supervised(problem.model, problem.criterion, problem.batches, split=split, mode=problem.mode)
 
     def hessian(self, problem: Problem, engine: str | None = None) -> Hessian:
-        return Hessian(self._objective(problem), engine=engine or "auto")
+        return Hessian(self._objective(problem), engine=engine or self.engine)
 
     def products(self, operator: Any, V: Tensor) -> Tensor:
         return operator @ V
