@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..landscape.evaluation import Chunk
 from ..landscape.objective import Objective
 from ..landscape.selection import near_names
-from .factors import Factor, FactorOperator, Metric
+from .factors import Factor, FactorOperator
 from .likelihoods import exact_metric, likelihood_of, sampled_metric
+from .loss_hessians import by_double_backward, loss_hessian
 
 FISHER_KINDS = ("exact", "monte-carlo", "empirical")
 
@@ -36,27 +36,16 @@ class GGN(FactorOperator):
 
     def __init__(self, objective: Objective) -> None:
         _require_predictions(objective, "GGN")
-        super().__init__(objective)
+        super().__init__(objective, predicts=True)
 
     def factor(self, chunk: Chunk, theta: tuple[Tensor, ...]) -> Factor:
         prediction, targets = self.objective.prediction(chunk)
-        return Factor.of(chunk.weight, theta, prediction, _criterion_hessian(self.objective, prediction, targets))
-
-
-def _criterion_hessian(objective: Objective, prediction: Tensor, targets: object) -> Metric:
-    """w -> (∇²_z ℓ) w at the prediction, by double backward through the criterion alone."""
-    criterion = objective.criterion
-    assert criterion is not None
-    leaf = prediction.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(criterion(leaf, targets), leaf, create_graph=True)
-
-    def metric(w: Tensor) -> Tensor:
-        if not gradient.requires_grad:
-            return torch.zeros_like(w)
-        (product,) = torch.autograd.grad(gradient, leaf, w, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(w) if product is None else product
-
-    return metric
+        criterion = self.objective.criterion
+        assert criterion is not None
+        metric = loss_hessian(criterion, prediction, targets, self.objective.memory_budget)
+        if metric is None:
+            metric = by_double_backward(criterion, prediction, targets)
+        return Factor(chunk, chunk.weight, theta, prediction, metric)
 
 
 class Fisher(FactorOperator):
@@ -83,7 +72,7 @@ class Fisher(FactorOperator):
             raise ValueError(f"`num_samples` is {num_samples}; draw at least one label per prediction")
         if kind != "empirical":
             _require_predictions(objective, f"Fisher(kind={kind!r})")
-        super().__init__(objective)
+        super().__init__(objective, predicts=kind != "empirical")
         self.kind = kind
         self._likelihood = None if kind == "empirical" else likelihood_of(objective.criterion)
         self._num_samples, self._seed = num_samples, seed
@@ -94,12 +83,13 @@ class Fisher(FactorOperator):
         prediction, targets = self.objective.prediction(chunk)
         at = prediction.detach()
         if self.kind == "exact":
-            metric = exact_metric(self._likelihood, self.objective.criterion, at, targets)
+            budget = self.objective.memory_budget
+            metric = exact_metric(self._likelihood, self.objective.criterion, at, targets, budget)
         else:
             metric = sampled_metric(
                 self._likelihood, self.objective.criterion, at, targets, chunk, self._num_samples, self._seed
             )
-        return Factor.of(chunk.weight, theta, prediction, metric)
+        return Factor(chunk, chunk.weight, theta, prediction, metric)
 
 
 class GradientCovariance(FactorOperator):
@@ -111,7 +101,7 @@ class GradientCovariance(FactorOperator):
     """
 
     def __init__(self, objective: Objective) -> None:
-        super().__init__(objective)
+        super().__init__(objective, predicts=False)
         self._mean: Tensor | None = None
 
     def factor(self, chunk: Chunk, theta: tuple[Tensor, ...]) -> Factor:
@@ -132,4 +122,4 @@ class GradientCovariance(FactorOperator):
 def _example_factor(objective: Objective, chunk: Chunk, theta: tuple[Tensor, ...]) -> Factor:
     """The examples' losses as outputs, their weights as a diagonal metric."""
     losses, weights = objective.example_losses(chunk, theta)
-    return Factor.of(1.0, theta, losses, lambda w: weights * w)
+    return Factor(chunk, 1.0, theta, losses, lambda w: weights * w)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..landscape.evaluation import Chunk
-from .factors import Metric
+from .loss_hessians import Metric, bernoulli, categorical
 
 
 def likelihood_of(criterion: Any) -> str:
@@ -56,20 +56,13 @@ def _element_share(criterion: Any, prediction: Tensor) -> float:
     return 1.0 if getattr(criterion, "reduction", "mean") == "sum" else 1.0 / prediction.numel()
 
 
-def exact_metric(likelihood: str, criterion: Any, prediction: Tensor, targets: Any) -> Metric:
+def exact_metric(likelihood: str, criterion: Any, prediction: Tensor, targets: Any, memory_budget: int) -> Metric:
     """w -> E_{y~p}[∂ℓ/∂z ∂ℓ/∂zᵀ] w, per prediction and weighted as in the loss of the chunk."""
-    if likelihood == "gaussian":
-        # ℓ = share · |z − y|² is −log N(y; z, 1/(2 share)) up to a constant, whose Fisher information is 2 share.
-        share = _element_share(criterion, prediction)
-        return lambda w: 2 * share * w
-    if likelihood == "bernoulli":
-        p = prediction.sigmoid()
-        share = _element_share(criterion, prediction)
-        return lambda w: share * p * (1 - p) * w
-    axis = 1 if prediction.ndim > 1 else 0
-    p = prediction.softmax(axis)
-    rows = _row_weights(criterion, targets).to(p.dtype).unsqueeze(axis)
-    return lambda w: rows * p * (w - (p * w).sum(axis, keepdim=True))
+    if likelihood == "categorical":
+        return categorical(prediction, _row_weights(criterion, targets), memory_budget)
+    share = _element_share(criterion, prediction)
+    # ℓ = share · |z − y|² is −log N(y; z, 1/(2 share)) up to a constant, whose Fisher information is 2 share.
+    return (lambda w: 2 * share * w) if likelihood == "gaussian" else bernoulli(prediction, share)
 
 
 def sampled_metric(
