@@ -11,9 +11,12 @@ symmetric matrices with the Lanczos method, SIAM J. Matrix Anal. Appl. 22, 2001.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,6 +63,41 @@ class RandomRun:
             if total >= self.needed:
                 return True
         return False
+
+    def last_squares(self, mu: Sequence[float]) -> np.ndarray:
+        """p_k(μ)² for each μ, k the number of steps; infinite where the run has ended.
+
+        All zeros of p_k are Ritz values, so log p_k² is concave between two of them: an interval without Ritz values
+        is excluded if both its ends are.
+        """
+        at, before, b = np.asarray(mu, dtype=np.longdouble), np.longdouble(0.0), 0.0
+        now = np.ones_like(at)
+        with np.errstate(all="ignore"):
+            for a, b_next in zip(self.alpha, self.beta, strict=True):
+                if b_next == 0.0:
+                    return np.full_like(at, np.inf)
+                before, now = now, ((at - a) * now - b * before) / b_next
+                b = b_next
+            return np.nan_to_num(now * now, nan=np.inf, posinf=np.inf)
+
+    def excludes_all_but(self, found: Sequence[float], edges: Sequence[tuple[int, float]], margin: float) -> bool:
+        """Every eigenvalue beyond the edges is within `margin` of a found one, or of the edge itself.
+
+        Copies of found ones, and what lies as close to them, are not excluded.
+
+        Args:
+            found: The outermost Ritz values, all that lie beyond the edges.
+            edges: Pairs (sign, edge): λ is beyond it if sign · λ > edge.
+            margin: Positive distance.
+        """
+        ends: list[float] = []
+        for sign, edge in edges:
+            inward = sorted({edge, *(sign * value for value in found if sign * value > edge)}, reverse=True)
+            ends.append(sign * (inward[0] + margin))
+            for outer, inner in itertools.pairwise(inward):
+                if outer - inner > 2 * margin:
+                    ends += [sign * (outer - margin), sign * (inner + margin)]
+        return bool((self.last_squares(ends) >= self.needed).all())
 
     def upper_bound(self, limit: float) -> float | None:
         """The least μ beyond the Ritz values from which on all is excluded; None if that is not below `limit`."""

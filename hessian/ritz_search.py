@@ -5,9 +5,12 @@ Sizes: n parameters, j directions multiplied by A, m rows of the basis (see `Kry
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,15 +27,31 @@ PROOF_ROWS = 24
 DOUBT = 0.01
 # A proof is about eigenvalues further out than the wanted ones by this share of |λ|max, or by `tol`.
 MARGIN = 1e-4
-# The same two for a single pair, which is proved from its own run at next to no cost.
-SINGLE_DOUBT = 0.1
-SINGLE_MARGIN = 0.05
+# The same two for a proof from the search's own run: for a single pair, for a strict proof of one, and for several,
+# which take enough products to prove more.
+RUN_DOUBT = 0.1
+SINGLE_MARGIN = 0.5
+STRICT_SINGLE_MARGIN = 0.05
+RUN_MARGIN = 0.05
+# It may make the search longer by this share, or by this many products.
+RUN_PROOF_SHARE = 0.5
+RUN_PROOF_PRODUCTS = 4
+# The error of a value is taken to be this times residual² / gap: the Ritz values may show a gap too wide while an
+# eigenvalue close by is not yet resolved. And never less than this share of the residual, which bounds what it can be
+# wrong by where two eigenvalues still pass as one.
+GAP_DOUBT = 3.0
+LEAST_SHARE = 0.1
 # Share of the other Ritz vectors that survive a restart. All from 0.1 to 0.7 need the same number of products.
 KEPT_SHARE = 0.35
 # Rounding in the basis and in each rotation of it, in units of ‖A‖.
 BASIS_EPS = 2
 # Where `tol` is out of reach: the residual to stop at, as a share of the floor.
 FLOOR_SHARE = 0.1
+
+
+Accuracy = Literal["values", "vectors"]
+# Where the proof comes from: nowhere, the search's own run, or that and a random run in the complement of the basis.
+Proof = Literal["none", "run", "complement"]
 
 
 @dataclass(frozen=True)
@@ -85,17 +104,38 @@ class RitzPairs:
     scale: float
     floor: float
 
-    @property
+    @cached_property
     def residuals(self) -> Tensor:
         """‖A v − θ v‖ [j] without the floor."""
         return torch.linalg.vector_norm(self.coupling, dim=0)
 
+    @cached_property
+    def value_errors(self) -> Tensor:
+        """Cautious errors of the wanted values [num], without the floor.
+
+        Three times residual² / gap where the other Ritz intervals leave a gap, between a tenth of the residual and the
+        residual.
+
+        Source: Parlett, The Symmetric Eigenvalue Problem, theorem 11.7.1 (Kato and Temple).
+        """
+        wanted = torch.arange(min(self.num, len(self.theta)))
+        gaps = (self.theta[wanted, None] - self.theta).abs() - self.residuals  # [num, j]
+        gaps[wanted, wanted] = math.inf
+        gap, residual = gaps.amin(dim=1), self.residuals[wanted]
+        # A lone Ritz value shows no gap at all.
+        quadratic = torch.where((gap > residual) & gap.isfinite(), GAP_DOUBT * residual.square() / gap, residual)
+        return torch.clamp(quadratic, LEAST_SHARE * residual, residual)
+
+    def errors(self, accuracy: Accuracy) -> Tensor:
+        """What has to get small [num], without the floor."""
+        return self.residuals[: self.num] if accuracy == "vectors" else self.value_errors
+
     def goal(self, tol: float) -> float:
-        """Residual to stop at: tol · scale without the floor, or well under the floor where `tol` is out of reach."""
+        """Error to stop at: tol · scale without the floor, or well under the floor where `tol` is out of reach."""
         return max(tol * self.scale - self.floor, FLOOR_SHARE * self.floor)
 
-    def have_converged(self, tol: float) -> bool:
-        return len(self.theta) >= self.num and bool((self.residuals[: self.num] <= self.goal(tol)).all())
+    def have_converged(self, tol: float, accuracy: Accuracy) -> bool:
+        return len(self.theta) >= self.num and bool((self.errors(accuracy) <= self.goal(tol)).all())
 
 
 class Outcome(Enum):
@@ -110,10 +150,11 @@ class RitzSearch:
     Args:
         krylov: Basis that holds the start vector.
         ends: Which pairs are wanted.
-        tol: A pair is good when residual + floor ≤ tol · scale.
+        tol: A pair is good when its error + floor ≤ tol · scale.
+        accuracy: Whose error: that of the "values", or of the "vectors", which is the residual.
         relative_error: Gives that of one product of the operator; it may grow with the products seen.
         random_share: Length of the random part of the unit start vector.
-        verify: Prove that nothing is hidden.
+        proof: That nothing is hidden.
         draw: Gives a fresh random vector [n].
         exhausted: Asked before every product; True ends the search.
     """
@@ -124,39 +165,60 @@ class RitzSearch:
         ends: Ends,
         tol: float,
         *,
+        accuracy: Accuracy,
         relative_error: Callable[[], float],
         random_share: float,
-        verify: bool,
+        proof: Proof,
         draw: Callable[[], Tensor],
         exhausted: Callable[[], bool],
     ) -> None:
-        self.krylov, self._ends, self._tol, self._verify = krylov, ends, tol, verify
+        self.krylov, self._ends, self._tol = krylov, ends, tol
+        self._accuracy: Accuracy = accuracy
+        self._proof: Proof = proof
         self._relative_error, self._random_share = relative_error, random_share
         self._draw, self._exhausted = draw, exhausted
         self._n = krylov.rows.shape[1]
         self._asymmetry = 0.0
         self._products_of_proofs = 0
         self._exhaustive = ends.want_all(self._n) and krylov.capacity == self._n
+        self._pairs: tuple[tuple[int, ...], RitzPairs] | None = None
+        self._first_run: RandomRun | None = None
+        self._converged_at: int | None = None
 
-    def run(self) -> bool:
-        """Search within the budget; True if nothing wanted can be hidden any more."""
+    def run(self) -> float | None:
+        """Search within the budget.
+
+        Returns:
+            The margin within which, as a share of |λ|max, anything wanted can still be hidden, none if the whole space
+            is known; None if there is no proof.
+        """
         settled = self._solve()
-        while settled and self._verify and self.krylov.size < self._n:
-            if self._ends.num == 1:
-                return self._proved_by_own_run(self.pairs())
+        while settled and self.krylov.size < self._n:
+            if self._proof == "none":
+                return None
+            if self._proof == "run" or self._ends.num == 1:
+                return self._margin_of_own_run(self.pairs())
             outcome = self._probe()
             if outcome is not Outcome.AGAIN:
-                return outcome is Outcome.PROVED
+                return max(self._tol, MARGIN) if outcome is Outcome.PROVED else None
             settled = self._solve()
-        return self.krylov.size == self._n
+        return 0.0 if self.krylov.size == self._n else None
 
     def pairs(self) -> RitzPairs:
         """Rayleigh-Ritz over everything multiplied so far."""
+        krylov = self.krylov
+        state = (krylov.size, krylov.num_pending, krylov.starts, krylov.restarts)
+        if self._pairs is None or self._pairs[0] != state:
+            self._pairs = (state, self._rayleigh_ritz())
+        return self._pairs[1]
+
+    def _rayleigh_ritz(self) -> RitzPairs:
         theta, S, asymmetry = self.krylov.ritz()
         order = self._ends.order(theta)
-        shown = float(asymmetry[order[: self._ends.num]].max())
+        wanted = order[: self._ends.num]
+        shown, rows_rounding = float(asymmetry[wanted].max()), float(self.krylov.rounding(S[:, wanted]).max())
         scale = float(theta.abs().max())
-        rounding = BASIS_EPS * torch.finfo(self.krylov.rows.dtype).eps * (1 + self.krylov.restarts)
+        rounding = BASIS_EPS * self.krylov.eps * (1 + self.krylov.restarts)
         return RitzPairs(
             theta=theta[order],
             S=S[:, order],
@@ -164,11 +226,11 @@ class RitzSearch:
             num=self._ends.num,
             scale=scale,
             # The skew half shows; the symmetric half of the products' error, as large in the mean, does not.
-            floor=(self._relative_error() + rounding) * scale + 2 * max(shown, self._asymmetry),
+            floor=(self._relative_error() + rounding) * scale + rows_rounding + 2 * max(shown, self._asymmetry),
         )
 
     def _solve(self) -> bool:
-        """Grow until every wanted residual is small enough; False if the budget or the basis ended first."""
+        """Grow until every wanted error is small enough; False if the budget or the basis ended first."""
         krylov, direction = self.krylov, None
         while krylov.size < self._n:
             if krylov.size:
@@ -181,6 +243,7 @@ class RitzSearch:
             self._make_room(1)
             # Where the space became invariant too soon, go on in a direction that it knows nothing of.
             if not krylov.num_pending:
+                self._first_run = self._own_run()
                 direction = krylov.add(self._draw())
             if krylov.is_full or not krylov.num_pending:
                 return False
@@ -188,9 +251,11 @@ class RitzSearch:
         return True
 
     def _is_settled(self, pairs: RitzPairs) -> bool:
-        if self._exhaustive or not pairs.have_converged(self._tol):
+        if self._exhaustive or not pairs.have_converged(self._tol, self._accuracy):
             return False
-        return not self._verify or pairs.num > 1 or self._proved_by_own_run(pairs, unable=True)
+        if self._proof == "none" or (self._proof == "complement" and pairs.num > 1):
+            return True
+        return self._run_can_show_no_more() or self._proved_by_own_run(pairs, self._asked_margin())
 
     def _make_room(self, free: int) -> None:
         """Thick restart if fewer than `free` rows are left."""
@@ -202,27 +267,48 @@ class RitzSearch:
         keep = min(keep, capacity - p - 2)
         if num <= keep < j:
             pairs = self.pairs()
+            self._first_run = self._own_run()
             self._asymmetry = max(self._asymmetry, float(krylov.ritz()[2].max()))
             krylov.restart(pairs.theta[:keep], pairs.S[:, :keep])
 
-    def _proved_by_own_run(self, pairs: RitzPairs, *, unable: bool = False) -> bool:
-        """For a single pair: the run that found it excludes, by the random part of its start, all further out.
-
-        After a restart, or a second start, it is no longer a Lanczos run and can say nothing: then `unable`.
-        """
-        krylov = self.krylov
-        if krylov.restarts or krylov.starts > 1:
-            return unable
-        H, j = krylov.coefficients, krylov.size
+    def _own_run(self) -> RandomRun:
+        """The Lanczos run from the start vector, up to the first restart or second start."""
+        if self._first_run is not None:
+            return self._first_run
+        H, j = self.krylov.coefficients, self.krylov.size
         remainders = H.diagonal(-1).tolist()
         remainders += [0.0] * (j - len(remainders))
-        needed = self._n / (SINGLE_DOUBT * self._random_share) ** 2
-        run = RandomRun(needed, H.diagonal().tolist(), remainders)
-        margin = max(self._tol, SINGLE_MARGIN) * pairs.scale
-        return all(
-            (run if sign > 0 else run.mirrored()).excludes(edge + margin)
-            for sign, edge in self._ends.edges(pairs.theta[:1])
-        )
+        return RandomRun(self._n / (RUN_DOUBT * self._random_share) ** 2, H.diagonal().tolist(), remainders)
+
+    def _run_can_show_no_more(self) -> bool:
+        """It has ended, or its proof takes too long: in a crowded spectrum it can take any number of products."""
+        if self._first_run is not None:
+            return True
+        size = self.krylov.size
+        self._converged_at = size if self._converged_at is None else self._converged_at
+        if self._proof == "complement":
+            return False
+        return size - self._converged_at >= max(RUN_PROOF_PRODUCTS, RUN_PROOF_SHARE * self._converged_at)
+
+    def _asked_margin(self) -> float:
+        strict = self._proof == "complement"
+        single = STRICT_SINGLE_MARGIN if strict else SINGLE_MARGIN
+        return max(self._tol, single if self._ends.num == 1 else RUN_MARGIN)
+
+    def _proved_by_own_run(self, pairs: RitzPairs, margin: float) -> bool:
+        """The run that found the pairs excludes, by the random part of its start, all that is not close to them."""
+        wanted = pairs.theta[: pairs.num]
+        return self._own_run().excludes_all_but(wanted.tolist(), self._ends.edges(wanted), margin * pairs.scale)
+
+    def _margin_of_own_run(self, pairs: RitzPairs) -> float | None:
+        """The least margin that it proves, to a factor of 1.2; None if not the one asked for."""
+        asked = self._asked_margin()
+        if not self._proved_by_own_run(pairs, asked):
+            return None
+        margin = asked
+        while margin / 1.2 >= self._tol > 0 and self._proved_by_own_run(pairs, margin / 1.2):
+            margin /= 1.2
+        return margin
 
     def _probe(self) -> Outcome:
         """Lanczos in the complement of the basis from a random start, until that is shown to hold nothing wanted.
@@ -244,7 +330,7 @@ class RitzSearch:
                 run.alpha.append(float(krylov.coefficients[last, last]))
                 run.beta.append(remainder if remainder > krylov.noise else 0.0)
             pairs = self.pairs()
-            if not pairs.have_converged(self._tol):
+            if not pairs.have_converged(self._tol, self._accuracy):
                 return Outcome.AGAIN
             step = self._judge(run, pairs, following=krylov.coefficients[krylov.size :, last])
             if isinstance(step, Outcome):

@@ -63,8 +63,8 @@ def test_top_ten_and_bottom_three_in_float32(name, engine, make_problem, dense_h
     hessian = Hessian(objective_of(make_problem(name, torch.float32)), engine=engine)
     # Differences in float32 carry a stated error above 1e-4; asking for less than that would not converge.
     tol = 1e-3 if engine != "finite-difference" else max(1e-3, 4 * hessian.relative_error)
-    top = top_eigenvalues(hessian, 10, which="LA", tol=tol)
-    bottom = top_eigenvalues(hessian, 3, which="SA", tol=tol)
+    top = top_eigenvalues(hessian, 10, which="LA", tol=tol, accuracy="vectors", verify=True)
+    bottom = top_eigenvalues(hessian, 3, which="SA", tol=tol, accuracy="vectors", verify=True)
     for pairs, truth in ((top, eigenvalues.flip(0)[:10]), (bottom, eigenvalues[:3])):
         error = (pairs.values - truth).abs()
         assert bool((error <= pairs.residuals).all())
@@ -148,8 +148,8 @@ def test_eight_thousand_parameters(dense_hessian):
     eigenvalues = torch.linalg.eigvalsh(H)
     for dtype, tol in ((torch.float64, 1e-8), (torch.float32, 1e-3)):
         objective = Objective.supervised(model, nn.CrossEntropyLoss(), (x, y), dtype=dtype)
-        top = top_eigenvalues(Hessian(objective), 10, tol=tol)
-        bottom = top_eigenvalues(Hessian(objective), 3, which="SA", tol=tol)
+        top = top_eigenvalues(Hessian(objective), 10, tol=tol, accuracy="vectors", verify=True)
+        bottom = top_eigenvalues(Hessian(objective), 3, which="SA", tol=tol, accuracy="vectors", verify=True)
         for pairs, truth in ((top, eigenvalues.flip(0)[:10]), (bottom, eigenvalues[:3])):
             assert pairs.converged
             error = (pairs.values - truth).abs()
