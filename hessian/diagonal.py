@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .lanczos import plain_tensors
 from .operator import LinearOperator
+from .plan import planned
+from .planners import plan_diagonal
 from .probes import (
     ProbeMoments,
     check_num_probes,
@@ -32,6 +34,7 @@ class DiagonalEstimate:
     products: int
 
 
+@planned(plan_diagonal)
 def diagonal(op: LinearOperator, *, num_probes: int = 100, seed: int = 0) -> DiagonalEstimate:
     r"""The entries a_ii, as means of z_i (A z)_i over random signs z.
 
@@ -53,7 +56,8 @@ def diagonal(op: LinearOperator, *, num_probes: int = 100, seed: int = 0) -> Dia
     """
     check_num_probes(num_probes, 1)
     n = op.shape[0]
-    with plain_tensors():
+    op.expect(min(num_probes, n))
+    with plain_tensors(), op.fixed():
         if num_probes >= n:
             values, squares = exact_columns(op)
             error = exact_rounding(op, math.sqrt(float(squares.sum()) / n))

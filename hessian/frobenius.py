@@ -11,6 +11,8 @@ from ..kernels.accurate import dot, project
 from .estimate import Estimate
 from .lanczos import plain_tensors
 from .operator import LinearOperator
+from .plan import planned
+from .planners import plan_frobenius
 from .probes import (
     check_method,
     check_num_probes,
@@ -29,6 +31,7 @@ from .sketch import RangeSketch
 FEWEST_PRODUCTS = {"hutchinson": 2, "xtrace": 4, "exact": 1}
 
 
+@planned(plan_frobenius)
 def frobenius_norm(op: LinearOperator, *, method: str = "xtrace", num_probes: int = 30, seed: int = 0) -> Estimate:
     r"""‖A‖_F = √(Σ_ij a_ij²) = √(Σ_i λ_i²).
 
@@ -53,7 +56,8 @@ def frobenius_norm(op: LinearOperator, *, method: str = "xtrace", num_probes: in
     """
     check_method(method, FEWEST_PRODUCTS)
     check_num_probes(num_probes, 1)
-    with plain_tensors():
+    op.expect(op.shape[0] if method == "exact" else min(num_probes, op.shape[0]))
+    with plain_tensors(), op.fixed():
         if method == "exact" or num_probes >= op.shape[0]:
             _, squares = exact_columns(op)
             value = math.sqrt(float(squares.sum()))

@@ -20,6 +20,8 @@ from ..kernels.accurate import dot, norm
 from .estimate import NotConvergedWarning
 from .lanczos import checked_vector, plain_tensors
 from .operator import LinearOperator
+from .plan import planned
+from .planners import plan_solve
 from .probes import ROUNDING_EPS, check_method, checked_finite
 
 # Default budget: enough for convergence in exact arithmetic where n is small, bounded where it is large.
@@ -69,6 +71,7 @@ class Solution:
     seconds: float
 
 
+@planned(plan_solve)
 def solve(
     op: LinearOperator,
     b: Tensor,
@@ -118,12 +121,12 @@ def solve(
     if not (math.isfinite(tol) and tol > 0):
         raise ValueError(f"`tol` is {tol}; the relative residual asked for must be positive")
     n = op.shape[0]
-    budget = min(10 * n + 10, MOST_PRODUCTS) if max_products is None else max_products
+    budget = default_budget(n) if max_products is None else max_products
     if budget < FEWEST_PRODUCTS:
         raise ValueError(
             f"`max_products` is {budget}; a first residual, a step and the checks of its result take {FEWEST_PRODUCTS}"
         )
-    with plain_tensors():
+    with plain_tensors(), op.fixed():
         system = _System(op, damping)
         b = checked_vector(op, b, "b")
         x = torch.zeros_like(b) if start is None else checked_vector(op, start, "start").clone()
@@ -172,6 +175,11 @@ class _Step(NamedTuple):
 
 
 Method = Callable[[_System, Tensor], Iterator[_Step]]
+
+
+def default_budget(n: int) -> int:
+    """Most products for n unknowns."""
+    return min(10 * n + 10, MOST_PRODUCTS)
 
 
 def _refine(

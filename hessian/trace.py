@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from ..kernels.accurate import dot
+from .deflation import leading_subspace, products_for
 from .estimate import Estimate, NotConvergedWarning
 from .lanczos import plain_tensors
 from .operator import LinearOperator
+from .plan import planned
+from .planners import plan_trace
 from .probes import (
     ProbeMoments,
     check_method,
@@ -35,17 +38,22 @@ FEWEST_PRODUCTS = {"hutchinson": 1, "hutch++": 4, "xtrace": 4, "exact": 1}
 FEWEST_PROBES = 4
 
 
+@planned(plan_trace)
 def trace(
     op: LinearOperator,
     *,
     method: str = "hutchinson",
     num_probes: int = 100,
     tol: float | None = None,
+    deflate: int = 0,
     seed: int = 0,
 ) -> Estimate:
     r"""tr A = Σ_i a_ii, the sum of the eigenvalues.
 
-    - "hutchinson": the mean of zᵀ A z over random signs z. Error √(2/m) ‖A − diag A‖_F; holds a few vectors.
+    - "hutchinson": the mean of zᵀ A z over random signs z. Error √(2/m) ‖A − diag A‖_F; holds a few vectors. With
+      `deflate` exact on the leading eigenvectors, or what a Lanczos run has for them, and the mean over signs projected
+      off these: unbiased however well they have converged. It pays where few eigenvalues are large, and costs where the
+      mean eigenvalue is not small beside them; holds their vectors and those of the run.
     - "hutch++": exact on a sketch of the range from m/3 products, Hutchinson on what is left. Error O(1/m) for a
       semidefinite A; holds m/3 vectors.
     - "xtrace": each of m/2 Gaussian probes tested on the sketch of the others. The most accurate where eigenvalues
@@ -62,6 +70,8 @@ def trace(
         num_probes: Most products to spend, m.
         tol: Stop as soon as the standard error is at most tol · |tr A|. With "hutch++" the sketch is made for
             `num_probes` before that.
+        deflate: With "hutchinson", eigenpairs of largest |λ| to take out first, with about two products for each and
+            at most half of `num_probes`.
         seed: Of the probes; the global random state is not touched.
 
     Returns:
@@ -80,12 +90,18 @@ def trace(
     check_num_probes(num_probes, 1)
     if tol is not None and not tol > 0:
         raise ValueError(f"`tol` is {tol}; a relative standard error must be positive, or None to spend `num_probes`")
-    with plain_tensors():
+    if deflate and method != "hutchinson":
+        raise ValueError(f"`deflate` is {deflate} with method {method!r}; it goes with 'hutchinson' only: leave it out")
+    op.expect(min(num_probes, op.shape[0]) if method != "exact" else op.shape[0])
+    with plain_tensors(), op.fixed():
         if method == "exact" or num_probes >= op.shape[0]:
             return _exact(op)
         check_num_probes(num_probes, FEWEST_PRODUCTS[method], method)
-        estimator = {"hutchinson": _hutchinson, "hutch++": _hutch_plus_plus, "xtrace": _xtrace}[method]
-        result = estimator(op, num_probes, tol, seed)
+        if deflate:
+            result = _deflated(op, num_probes, tol, deflate, seed)
+        else:
+            estimator = {"hutchinson": _hutchinson, "hutch++": _hutch_plus_plus, "xtrace": _xtrace}[method]
+            result = estimator(op, num_probes, tol, seed)
     if not result.converged:
         warnings.warn(
             f"the trace has a standard error of {result.stderr:.2g} after {result.products} products, more than `tol` "
@@ -120,6 +136,18 @@ class _Sketch(NamedTuple):
 def _hutchinson(op: LinearOperator, num_probes: int, tol: float | None, seed: int) -> Estimate:
     nothing = _Sketch(torch.empty(0, op.shape[0], dtype=op.dtype, device=op.device), 0.0, 0.0, 0)
     return _residual_trace(op, nothing, num_probes, tol, random_generator(op, seed))
+
+
+def _deflated(op: LinearOperator, num_probes: int, tol: float | None, deflate: int, seed: int) -> Estimate:
+    most = min(products_for(deflate, op.shape[0]), num_probes // 2)
+    if most < deflate:
+        raise ValueError(
+            f"`deflate` is {deflate}, more than half of `num_probes` = {num_probes}: deflate fewer, or spend more"
+        )
+    known = leading_subspace(op, deflate, seed=seed, max_products=most)
+    inside = checked_finite(known.values.sum(), op, known.products)
+    sketch = _Sketch(known.vectors, inside, known.square, known.products)
+    return _residual_trace(op, sketch, num_probes, tol, random_generator(op, seed))
 
 
 def _hutch_plus_plus(op: LinearOperator, num_probes: int, tol: float | None, seed: int) -> Estimate:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .rounded_rows import unit_of
+
 # A remainder below this many roundings of the largest ‖A q‖ is noise: the space is invariant.
 BREAKDOWN_EPS = 8
 
@@ -25,7 +27,9 @@ class State:
 
     Attributes:
         bounds: Where the recurrences begin and end [B + 1], on the CPU; `offsets` is the same on the device.
-        basis: Row j holds q_j of every recurrence [m, n]; zeros once a recurrence has ended.
+        basis: Row j holds q_j of every recurrence [m, n], times its `unit`; zeros once a recurrence has ended.
+        recent: The two latest rows as they are [2, n], row j in entry j % 2, where the basis is rounded; else None.
+        unit: Power of two with which a recurrence's rows are stored [B], float64, on the CPU; 1 unless rounded.
         alpha: Diagonals [B, m], float64.
         remainder: Norms left by every step [B, m], float64; beside the diagonals once the next step is made.
         scale: Largest ‖A q‖ seen [B], float64.
@@ -36,6 +40,8 @@ class State:
     bounds: np.ndarray
     offsets: Tensor
     basis: Tensor
+    recent: Tensor | None
+    unit: Tensor
     alpha: Tensor
     remainder: Tensor
     scale: Tensor
@@ -43,8 +49,18 @@ class State:
     open: Tensor
 
     @classmethod
-    def empty(cls, bounds: np.ndarray, num_steps: int, dtype: torch.dtype, device: torch.device) -> State:
-        count = len(bounds) - 1
+    def empty(
+        cls,
+        bounds: np.ndarray,
+        num_steps: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        basis_dtype: torch.dtype | None = None,
+    ) -> State:
+        """For a run in `dtype`, whose basis is kept in `basis_dtype`."""
+        count, n = len(bounds) - 1, int(bounds[-1])
+        rounded = basis_dtype not in (None, dtype)
+        units = [unit_of(length) if rounded else 1.0 for length in np.diff(bounds).tolist()]
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -52,7 +68,9 @@ class State:
         return cls(
             bounds=bounds,
             offsets=torch.from_numpy(bounds).to(device),
-            basis=torch.empty(num_steps, int(bounds[-1]), dtype=dtype, device=device),
+            basis=torch.empty(num_steps, n, dtype=basis_dtype if rounded else dtype, device=device),
+            recent=torch.empty(2, n, dtype=dtype, device=device) if rounded else None,
+            unit=torch.tensor(units, dtype=torch.float64),
             alpha=zeros(count, num_steps),
             remainder=zeros(count, num_steps),
             scale=zeros(count),
@@ -61,9 +79,18 @@ class State:
         )
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the run: that of starts and products."""
+        return self.basis.dtype if self.recent is None else self.recent.dtype
+
+    @property
     def noise(self) -> float:
         """Share of the largest ‖A q‖ that a remainder must exceed."""
-        return BREAKDOWN_EPS * torch.finfo(self.basis.dtype).eps
+        return BREAKDOWN_EPS * torch.finfo(self.dtype).eps
+
+    def row(self, j: int) -> Tensor:
+        """q_j of every recurrence [n], unrounded; j is the latest made or the one before."""
+        return self.basis[j] if self.recent is None else self.recent[j % 2]
 
 
 @dataclass(frozen=True)

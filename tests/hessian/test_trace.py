@@ -265,3 +265,44 @@ def test_bad_arguments(options, message):
 def test_num_probes_is_a_count():
     with pytest.raises(TypeError, match="`num_probes` is 10.0"):
         trace(DiagonalOperator(torch.ones(50)), num_probes=10.0)
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("num_probes", [12, 30])
+def test_deflated_truth_lies_within_three_standard_errors(name, num_probes):
+    errors, stderrs = errors_and_stderrs(symmetric(SPECTRA[name]), num_seeds=200, num_probes=num_probes, deflate=4)
+    assert int((errors.abs() <= 3 * stderrs).sum()) >= 190
+    assert rms(stderrs) < 1.5 * rms(errors)
+    # Unbiased, with vectors that have not converged too: 6 products for 4 pairs.
+    assert abs(float(errors.mean())) <= 3 * rms(errors) / math.sqrt(200)
+
+
+@pytest.mark.parametrize("name", ["decaying", "outliers"])
+def test_deflation_pays_where_few_eigenvalues_are_large(name):
+    A = symmetric(SPECTRA[name])
+    plain, _ = errors_and_stderrs(A, num_seeds=40, num_probes=40)
+    errors, _ = errors_and_stderrs(A, num_seeds=40, num_probes=40, deflate=6)
+    assert rms(errors) < rms(plain) / 5
+
+
+def test_deflation_keeps_to_the_budget_and_tolerance():
+    op = Counted(symmetric(SPECTRA["decaying"]))
+    found = trace(op, num_probes=40, deflate=5)
+    assert found.products == op.products == 40
+    op.products = 0
+    early = trace(op, num_probes=80, deflate=5, tol=0.1)
+    assert early.converged
+    assert early.products == op.products < 40
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"deflate": 30, "num_probes": 40}, "more than half of `num_probes` = 40"),
+        ({"deflate": 2, "method": "xtrace"}, "`deflate` is 2 with method 'xtrace'"),
+        ({"deflate": -2}, "`deflate` is -2"),
+    ],
+)
+def test_bad_deflations(options, message):
+    with pytest.raises(ValueError, match=message):
+        trace(DiagonalOperator(torch.ones(500)), **options)
