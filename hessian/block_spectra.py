@@ -13,16 +13,25 @@ from tqdm import tqdm
 
 from ..landscape.blocks import Blocks, Partition, partition
 from ..landscape.objective import Objective
+from .block_densities import densities_together, densities_within
 from .block_spectrum import BlockSpectrum, exact_spectrum, sampled_spectrum, zero_spectrum
 from .curvature import Hessian
 from .divergence import js_divergence, spectral_masses
-from .eigs import NotConvergedWarning
+from .estimate import NotConvergedWarning
 from .operator import LinearOperator
-from .slq import SpectralDensity, spectral_densities
+from .plan import planned
+from .planners import plan_block_spectra
 
 # Curvature below this share of the largest block's is rounding: the key bias of an attention, for example, has an
 # exactly zero Hessian, in whose noise Lanczos would find eigenvalues.
 ZERO = {torch.float64: 1e-13, torch.float32: 1e-6}
+# Of the density of a large block: its error, in Wasserstein-1 distance on a transformer's blocks, is less than half
+# that of 100 steps from each of 10 probes without deflation.
+DEFLATE = 10
+STEPS = 40
+PROBES = 4
+# A block of no more coordinates is formed as a whole.
+DENSE_LIMIT = 320
 # An operator whose stated error is below this many roundings is as exact as its dtype.
 ROUNDINGS = 100
 
@@ -158,14 +167,38 @@ class BlockSpectra(Mapping[str, BlockSpectrum]):
         return f"BlockSpectra({len(self)} blocks, {exact} exact, {zero} zero, products={self.products})"
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the blocks of more than `dense_limit` coordinates are sampled."""
+
+    num_steps: int
+    num_probes: int
+    deflate: int
+    dense_limit: int
+
+    @classmethod
+    def of(
+        cls, num_steps: int | None, num_probes: int | None, deflate: int | None, dense_limit: int | None
+    ) -> Sampling:
+        """The arguments of `block_spectra`, with what is left out filled in."""
+        free = num_steps is None and num_probes is None
+        steps, probes = num_steps or STEPS, num_probes or PROBES
+        limit = DENSE_LIMIT if free else steps * probes
+        pairs = DEFLATE if free else 0
+        return cls(steps, probes, pairs if deflate is None else deflate, limit if dense_limit is None else dense_limit)
+
+
+@planned(plan_block_spectra)
 def block_spectra(
     objective: Objective | LinearOperator,
     blocks: Blocks | Partition = "parameter",
     *,
     operator: LinearOperator | None = None,
     dense_limit: int | None = None,
-    num_steps: int = 40,
-    num_probes: int = 8,
+    num_steps: int | None = None,
+    num_probes: int | None = None,
+    deflate: int | None = None,
+    density_tol: float | None = None,
     num_top: int = 3,
     tol: float = 1e-3,
     max_products: int | None = None,
@@ -175,15 +208,22 @@ def block_spectra(
     r"""Spectra of the principal blocks A_bb of a curvature matrix: exact for small blocks, sampled for large ones.
 
     A block of at most `dense_limit` coordinates is formed from that many products, made symmetric and diagonalised in
-    float64. A larger one gets its extreme eigenvalues with residuals, and its density by Lanczos quadrature; the runs
-    of all larger blocks go in lockstep, as many as an eighth of the free memory holds.
+    float64. A larger one gets its density by Lanczos quadrature and its extreme eigenvalues with residuals: from the
+    same runs where those meet `tol`, else from a search of their own. The runs of all larger blocks go in lockstep, as
+    many as an eighth of the free memory holds, and the products of a step go through the data together.
 
     Args:
         objective: An Objective, whose Hessian is taken, or an operator with parameter names.
         blocks: As for `partition`, or its result.
         operator: Another curvature of the same parameters (GGN, preconditioned ...), where `objective` is an Objective.
-        dense_limit: None makes exact what takes no more products than its density would, num_steps x num_probes.
-        num_steps, num_probes: Of the density of a large block.
+        dense_limit: None makes exact what takes no more products than num_steps x num_probes, or 320 by default.
+        num_steps, num_probes: Of the density of a large block; by default 40 and 4.
+        deflate: Eigenpairs of largest |λ| that are taken out before the density is sampled, as in `spectral_density`;
+            by default ten with the default steps and probes, and none with others. Their vectors are held for as many
+            large blocks at once as an eighth of the free memory has room for.
+        density_tol: Makes each large block's density as accurate as this in Wasserstein-1 distance, by its own
+            estimate, as a share of the block's largest |λ|: its top eigenpairs are deflated, then come as many steps
+            and probes as it takes, up to 2000 products a block. The blocks then go one after the other.
         num_top: Extreme eigenvalues at each end; all, of a block with fewer.
         tol: For the extreme eigenvalues of a large block, residual over |λ|max.
         max_products: Budget for the extreme eigenvalues of one large block.
@@ -191,7 +231,8 @@ def block_spectra(
         progress: Show a bar over blocks.
 
     Warns:
-        NotConvergedWarning: once, naming the blocks whose extreme eigenvalues missed `tol`.
+        NotConvergedWarning: once, naming the blocks whose extreme eigenvalues missed `tol`, or whose density missed
+            `density_tol`.
     """
     if num_top < 1:
         raise ValueError(f"`num_top` is {num_top}; ask for at least one eigenvalue at each end")
@@ -203,27 +244,35 @@ def block_spectra(
         raise ValueError(
             f"`blocks` divides other parameters than {op!r} has; make the partition from the same objective"
         )
-    limit = num_steps * num_probes if dense_limit is None else dense_limit
+    sampling = Sampling.of(num_steps, num_probes, deflate, dense_limit)
+    if density_tol is not None and (num_steps, num_probes, deflate) != (None, None, None):
+        raise ValueError(f"`density_tol` is {density_tol}, which chooses steps, probes and deflation; leave those out")
     floor = zero_floor(op)
-    with tqdm(total=len(division), desc="block spectra", unit="block", disable=not progress) as bar:
+    with tqdm(total=len(division), desc="block spectra", unit="block", disable=not progress) as bar, op.fixed():
         exact: dict[str, BlockSpectrum] = {}
         large: dict[str, tuple[LinearOperator, int]] = {}
         for i, (name, size) in enumerate(division.sizes.items()):
             block = op.block(division[name])
-            if size <= max(limit, 2 * num_top):
+            if size <= max(sampling.dense_limit, 2 * num_top):
                 exact[name] = exact_spectrum(name, block, num_top=num_top, floor=floor)
                 bar.update()
             else:
                 large[name] = block, seed + i
-        densities: dict[str, SpectralDensity] = {}
-        if large:
-            found_densities = spectral_densities(
-                [block for block, _ in large.values()],
-                num_steps=num_steps,
-                num_probes=num_probes,
-                seeds=[seed for _, seed in large.values()],
+        ops, seeds = [block for block, _ in large.values()], [own for _, own in large.values()]
+        if density_tol is not None:
+            found_densities = densities_within(ops, seeds, density_tol)
+        else:
+            found_densities = densities_together(
+                ops,
+                seeds,
+                num_steps=sampling.num_steps,
+                num_probes=sampling.num_probes,
+                deflate=sampling.deflate,
+                num_top=num_top,
+                tol=tol,
             )
-            densities = dict(zip(large, found_densities, strict=True))
+        densities = {name: density for name, (density, _) in zip(large, found_densities, strict=True)}
+        ends = {name: end for name, (_, end) in zip(large, found_densities, strict=True)}
         scales = {name: spectrum.scale for name, spectrum in exact.items()}
         scales |= {name: float(density.nodes.abs().max()) for name, density in densities.items()}
         threshold = floor * max(scales.values())
@@ -248,6 +297,7 @@ def block_spectra(
                     name,
                     op.block(division[name]),
                     found,
+                    ends[name],
                     num_top=num_top,
                     floor=floor,
                     tol=tol,
@@ -259,7 +309,10 @@ def block_spectra(
     if missed:
         warnings.warn(
             f"the extreme eigenvalues of {len(missed)} of {len(spectra)} blocks missed tol={tol} "
-            f"({', '.join(missed[:5])}); raise `max_products` or `tol`, or go by their residuals",
+            f"({', '.join(missed[:5])}); raise `max_products` or `tol`, or go by their residuals"
+            if density_tol is None
+            else f"{len(missed)} of {len(spectra)} blocks missed tol={tol} or density_tol={density_tol} "
+            f"({', '.join(missed[:5])}); raise the one missed, or `max_products`",
             NotConvergedWarning,
             stacklevel=2,
         )

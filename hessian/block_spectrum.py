@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .eigs import NotConvergedWarning, top_eigenvalues
 from .estimate import Estimate
+from .extremes import Extremes
 from .operator import LinearOperator
 from .slq import SpectralDensity
 
@@ -114,6 +115,7 @@ def sampled_spectrum(
     name: str,
     op: LinearOperator,
     density: SpectralDensity,
+    ends: Extremes | None,
     *,
     num_top: int,
     floor: float,
@@ -121,12 +123,20 @@ def sampled_spectrum(
     max_products: int | None,
     seed: int,
 ) -> BlockSpectrum:
-    """The extreme eigenvalues beside a density already there."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotConvergedWarning)  # in `converged`; the caller warns once for all blocks
-        pairs = top_eigenvalues(op, 2 * num_top, which="BE", tol=tol, max_products=max_products, seed=seed)
-    order = pairs.values.argsort()
-    values, residuals = pairs.values[order].double().cpu(), pairs.residuals[order].double().cpu()
+    """The extreme eigenvalues beside a density already there: those of its own runs where they meet `tol`."""
+    if ends is not None and ends.within(tol):
+        converged, products, seconds = True, 0, 0.0
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotConvergedWarning)  # in `converged`; the caller warns once for all blocks
+            options = {"tol": tol, "accuracy": "vectors", "max_products": max_products, "seed": seed}
+            # Of a multiple eigenvalue the run of the search sees one copy only.
+            pairs = top_eigenvalues(op, 2 * num_top, which="BE", verify=True, **options)
+        order = pairs.values.argsort()
+        values, residuals = pairs.values[order].double().cpu(), pairs.residuals[order].double().cpu()
+        ends = Extremes(values.flip(0)[:num_top], residuals.flip(0)[:num_top], values[:num_top], residuals[:num_top])
+        converged, products, seconds = pairs.converged, pairs.products, pairs.seconds
+    scale = float(torch.cat([ends.top, ends.bottom]).abs().max())
     return BlockSpectrum(
         name=name,
         size=op.shape[0],
@@ -134,15 +144,15 @@ def sampled_spectrum(
         zero=False,
         eigenvalues=None,
         density=density,
-        top=values.flip(0)[:num_top],
-        top_residuals=residuals.flip(0)[:num_top],
-        bottom=values[:num_top],
-        bottom_residuals=residuals[:num_top],
+        top=ends.top,
+        top_residuals=ends.top_residuals,
+        bottom=ends.bottom,
+        bottom_residuals=ends.bottom_residuals,
         trace=scaled(density.mean(), op.shape[0]),
-        noise=floor * float(values.abs().max()),
-        converged=pairs.converged,
-        products=density.products + pairs.products,
-        seconds=density.seconds + pairs.seconds,
+        noise=floor * scale,
+        converged=converged and density.converged,
+        products=density.products + products,
+        seconds=density.seconds + seconds,
     )
 
 

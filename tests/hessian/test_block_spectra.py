@@ -1,12 +1,15 @@
 """Block spectra against dense Hessians, closed forms, and what must not change them."""
 
+import gc
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
 from sharpscope.hessian.block_spectra import block_spectra
 from sharpscope.hessian.curvature import Hessian
+from sharpscope.hessian.deflation import EndPairs, leading_subspace, products_for
 from sharpscope.hessian.eigs import NotConvergedWarning
 from sharpscope.hessian.operator import DenseOperator, LinearOperator, PreconditionedOperator
 from sharpscope.hessian.slq import spectral_density
@@ -119,7 +122,7 @@ def test_large_blocks_are_sampled_within_their_errors(known):
         assert math.isclose(float((nodes * weights).sum()) * spectrum.size, spectrum.trace.estimate, abs_tol=1e-10)
         assert spectrum.eigenvalues is None
         assert spectrum.density is not None
-        assert spectrum.products > spectrum.density.products
+        assert spectrum.products >= spectrum.density.products
 
 
 def test_sampled_and_exact_agree_on_how_blocks_differ():
@@ -182,6 +185,55 @@ def test_blocks_go_in_lockstep_and_ended_ones_cost_nothing():
     assert by_block[1][:5] == [2] * 5
     assert [spectra[name].density.products for name in spectra] == [4, 10]
     assert sum(op.widths) == spectra.products
+
+
+@pytest.mark.parametrize("multiple", [False, True])
+def test_ends_come_from_the_deflation_unless_copies_may_hide(multiple):
+    """The run of the deflation sees one copy of a multiple eigenvalue; the probes beside it see the others."""
+    bulk = (0.1 * torch.sin(torch.arange(1.0, 795.0))).tolist()
+    values = [4.0, *([4.0] if multiple else []), 3.0, 2.0, -1.0, -2.0, -3.0]
+    op = Counted(diagonal_blocks(values + bulk))
+    spectrum = block_spectra(op, deflate=4, num_steps=20, num_probes=4, dense_limit=0, num_top=3, tol=1e-4)["b0"]
+    true = torch.tensor(sorted(values + bulk), dtype=torch.float64)
+    for found, expected in ((spectrum.top, true.flip(0)[:3]), (spectrum.bottom, true[:3])):
+        torch.testing.assert_close(found, expected, atol=4e-4, rtol=0)
+    assert spectrum.converged
+    assert spectrum.products == sum(op.widths)
+    assert (spectrum.products == spectrum.density.products) != multiple
+
+
+@pytest.mark.parametrize("probes", [3, 4])
+def test_few_probes_prove_nothing(probes):
+    values = [4.0, 3.0, 2.0, -1.0, -2.0, -3.0, *(0.1 * torch.sin(torch.arange(1.0, 795.0))).tolist()]
+    options = {"deflate": 6, "num_steps": 20, "dense_limit": 0, "tol": 1e-4}
+    spectrum = block_spectra(diagonal_blocks(values), num_probes=probes, **options)["b0"]
+    assert (spectrum.products == spectrum.density.products) == (probes == 4)
+
+
+@pytest.mark.parametrize(("room", "most"), [(math.inf, 4), (2.5, 2), (0, 1)])
+def test_deflated_vectors_of_few_blocks_are_held_at_once(monkeypatch, room, most):
+    """As many as an eighth of the free memory has room for, at least one; and the result is the same."""
+    rng = torch.Generator().manual_seed(3)
+    op = diagonal_blocks(*(torch.randn(150, generator=rng).tolist() for _ in range(4)))
+    options = {"deflate": 2, "num_steps": 10, "num_probes": 2, "dense_limit": 0, "num_top": 1}
+    expected = block_spectra(op, **options)
+    free = 8 * int(room * 150 * 8 * products_for(2, 150, EndPairs(1, 1e-3))) if room < math.inf else 1 << 40
+    monkeypatch.setattr("sharpscope.hessian.block_densities.available_bytes", lambda _: free)
+    references, held = [], []
+
+    def watched(*args, **kwargs):
+        found = leading_subspace(*args, **kwargs)
+        references.append(weakref.ref(found))
+        gc.collect()
+        held.append(sum(reference() is not None for reference in references))
+        return found
+
+    monkeypatch.setattr("sharpscope.hessian.block_densities.leading_subspace", watched)
+    spectra = block_spectra(op, **options)
+    assert len(held) == 4
+    assert max(held) == most
+    for name, spectrum in spectra.items():
+        torch.testing.assert_close(spectrum.density.nodes, expected[name].density.nodes, atol=1e-10, rtol=0)
 
 
 def test_permuting_neurons_changes_no_spectrum(mlp):
