@@ -18,11 +18,12 @@ from torch.optim import Optimizer
 from ..landscape.guard import plain_evaluation
 from ..landscape.objective import Objective
 from ..landscape.state import full_tensor
+from .cadence import Cadence
 from .point import Measurement, Point, checked_measurements, measured_rows
 from .row import Row
 from .trajectory import Trajectory
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 _ON_ERROR = ("warn", "raise")
 
 
@@ -58,9 +59,12 @@ class Monitor:
         measurements: What to measure, with different names. Any object that is a `Measurement`.
         trajectory: Where the rows go; those of one step in one transaction.
         every: Period in steps of the measurements that name none; default 1.
-        max_overhead: Largest share of wall time for all measurements together, in (0, 1). One that is due and would
-            exceed it is skipped, which is recorded as a row "skipped" (block: its name, value: times so far); the
-            first of each and the final point are always measured. Which ones are skipped depends on the clock.
+        max_overhead: Largest share of wall time for all measurements together, in (0, 1), over the run since the
+            first `step()`. The first measurement of each and the final point are made whatever they cost, so a run
+            begins above it, measures nothing more until it is below, and then stays there. What is expensive gets a
+            longer spacing, a multiple of its period that suits its mean cost; see `Cadence`. A row "cadence" (block:
+            the measurement's name, value: steps from one to the next) stands where it changes, a row "skipped" (value:
+            how often it was wanted and not made) at the end. All this depends on the clock.
         on_error: "warn" is described above; "raise" stops at any failure.
     """
 
@@ -97,7 +101,7 @@ class Monitor:
         self._step = 0
         self._states: dict[str, dict[str, Any]] = {m.name: {} for m in self.measurements}
         self._previous: Tensor | None = None  # [n], only when a measurement asks for the update
-        self._costs: dict[str, float] = {}  # seconds of the latest run; a name is here once it has succeeded
+        self._cadence = Cadence(self._periods, max_overhead)
         self._skipped: dict[str, int] = {}
         self._measuring = 0.0
         self._earlier = 0.0  # wall time before this process took over
@@ -113,8 +117,13 @@ class Monitor:
         return self._step
 
     @property
+    def cadence(self) -> dict[str, int]:
+        """Steps from one measurement to the next, of each: its period, or more to stay below `max_overhead`."""
+        return self._cadence.spacings
+
+    @property
     def skipped(self) -> dict[str, int]:
-        """How often each measurement was due and skipped to stay below `max_overhead`."""
+        """How often each measurement was wanted by its period and not made, to stay below `max_overhead`."""
         return dict(self._skipped)
 
     @property
@@ -130,9 +139,9 @@ class Monitor:
             The rows recorded now; empty at most steps.
         """
         self._begin()
-        due = [m for m in self.measurements if self._step % self._periods[m.name] == 0]
+        wanted = [m for m in self.measurements if self._cadence.is_wanted(m.name, self._step)]
         try:
-            return self._measure(due, capped=True)
+            return self._measure(wanted, capped=True)
         finally:
             self._previous = self._flat_parameters() if self._needs_update else None
             self._step += 1
@@ -166,7 +175,7 @@ class Monitor:
             "num_parameters": self.objective.num_parameters,
             "states": {name: _copied(state) for name, state in self._states.items()},
             "previous": None if self._previous is None else self._previous.clone(),
-            "costs": dict(self._costs),
+            "cadence": self._cadence.state_dict(),
             "skipped": dict(self._skipped),
             "measuring": self._measuring,
             "elapsed": self._elapsed(),
@@ -174,6 +183,9 @@ class Monitor:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state_dict()`. A measurement that is new since then starts afresh."""
+        if state.get("version") == 1:  # had the latest cost of each measurement, and no spacing
+            once = dict.fromkeys(state["costs"], 1)
+            state = {**state, "cadence": {"factors": {}, "costs": state["costs"], "counts": once}}
         missing = self.state_dict().keys() - state.keys()
         if missing:
             raise ValueError(f"`state` lacks {sorted(missing)}; pass what Monitor.state_dict() returned")
@@ -191,7 +203,7 @@ class Monitor:
         self._step = int(state["step"])
         self._states = {name: _copied(state["states"].get(name, {})) for name in known}
         self._previous = None if state["previous"] is None else state["previous"].to(self.objective.device, copy=True)
-        self._costs = {name: cost for name, cost in state["costs"].items() if name in known}
+        self._cadence.load_state_dict(state["cadence"])
         self._skipped = {name: count for name, count in state["skipped"].items() if name in known}
         self._measuring, self._earlier = float(state["measuring"]), float(state["elapsed"])
         self._started = None
@@ -215,47 +227,59 @@ class Monitor:
                 )
         self._started = perf_counter()
 
-    def _measure(self, due: Iterable[Measurement], *, capped: bool) -> list[Row]:
-        due = list(due)
-        if not due:
+    def _measure(self, wanted: Iterable[Measurement], *, capped: bool) -> list[Row]:
+        """Measures those of `wanted` that are due and affordable; with `capped` false, all of them."""
+        wanted = list(wanted)
+        if not wanted:
             return []
-        point = None
-        rows: list[Row] = []
-        if self.objective.device.type == "cuda":  # what training has queued is not a measurement's time
+        rows = self._settle() if capped else self._skip_counts()
+        due = [m for m in wanted if not capped or self._cadence.is_due(m.name, self._step)]
+        if due and self.objective.device.type == "cuda":  # what training has queued is not a measurement's time
             torch.cuda.synchronize(self.objective.device)
-        for measurement in due:
+        point = None
+        seconds: dict[str, float] = {}
+        needs_update = any(map(_needs_update, due))
+        for measurement in wanted:
             start = perf_counter()
-            if capped and not self._affordable(measurement.name, start):
-                rows.append(self._skip(measurement.name))
+            if measurement not in due or (capped and not self._is_affordable(measurement.name, start)):
+                self._skipped[measurement.name] = self._skipped.get(measurement.name, 0) + 1
                 continue
             with plain_evaluation(self.objective.model, "keep"):
                 if point is None:
-                    update = self._update() if any(map(_needs_update, due)) else None
+                    update = self._update() if needs_update else None
                     point = Point(self._step, self.objective, self.optimizer, update=update)
-                rows += self._run(measurement, point, start)
-            self._measuring += perf_counter() - start
+                found, succeeded = self._run(measurement, point, start)
+                rows += found
+            taken = perf_counter() - start
+            self._measuring += taken
+            if succeeded:
+                seconds[measurement.name] = taken
+        if not rows and not seconds:
+            return []
         start = perf_counter()
         self.trajectory.record(self._step, rows)
-        self._measuring += perf_counter() - start
+        taken = perf_counter() - start
+        self._measuring += taken
+        for name, cost in seconds.items():
+            self._cadence.add_cost(name, cost + taken / len(seconds))
         return rows
 
-    def _run(self, measurement: Measurement, point: Point, start: float) -> list[Row]:
-        """One measurement's rows; after a failure its state is as before."""
+    def _run(self, measurement: Measurement, point: Point, start: float) -> tuple[list[Row], bool]:
+        """One measurement's rows, and whether it succeeded; after a failure its state is as before."""
         name = measurement.name
         state = dict(self._states[name])
         try:
             rows = measured_rows(measurement, point.with_state(state))
         except Exception as error:
-            if self.on_error == "raise" or name not in self._costs:
+            if self.on_error == "raise" or not self._cadence.was_measured(name):
                 error.add_note(f"while measuring {name!r} at step {self._step}")
                 raise
             self._warn_of_failure(name, error)
-            return [Row(name, math.nan, converged=False, seconds=perf_counter() - start)]
+            return [Row(name, math.nan, converged=False, seconds=perf_counter() - start)], False
         self._states[name] = state
-        self._costs[name] = seconds = perf_counter() - start
         if rows and not any(row.seconds for row in rows):
-            rows[0] = replace(rows[0], seconds=seconds)
-        return rows
+            rows[0] = replace(rows[0], seconds=perf_counter() - start)
+        return rows, True
 
     def _warn_of_failure(self, name: str, error: Exception) -> None:
         kind = (name, type(error).__name__)
@@ -266,15 +290,17 @@ class Monitor:
             )
             warnings.warn(message, MeasurementFailedWarning, stacklevel=5)
 
-    def _affordable(self, name: str, now: float) -> bool:
-        if self.max_overhead is None or name not in self._costs:
-            return True
-        cost = self._costs[name]
-        return self._measuring + cost <= self.max_overhead * (self._elapsed(now) + cost)
+    def _is_affordable(self, name: str, now: float) -> bool:
+        return self._cadence.affordable(name, self._measuring, self._elapsed(now))
 
-    def _skip(self, name: str) -> Row:
-        self._skipped[name] = self._skipped.get(name, 0) + 1
-        return Row("skipped", self._skipped[name], error=0.0, block=name)
+    def _settle(self) -> list[Row]:
+        """Fits the cadence to the costs so far; a row for each spacing that changed."""
+        training = (self._elapsed() - self._measuring) / max(self._step, 1)
+        changed = self._cadence.settle(training)
+        return [Row("cadence", spacing, error=0.0, block=name) for name, spacing in changed.items()]
+
+    def _skip_counts(self) -> list[Row]:
+        return [Row("skipped", count, error=0.0, block=name) for name, count in self._skipped.items()]
 
     def _elapsed(self, now: float | None = None) -> float:
         if self._started is None:

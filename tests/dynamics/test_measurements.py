@@ -1,5 +1,6 @@
 """Measurements against dense linear algebra."""
 
+import copy
 import math
 
 import pytest
@@ -137,7 +138,7 @@ def test_an_exhausted_budget_is_visible(case):
 def test_kept_vectors(case):
     row, _ = Sharpness(num=2, tol=1e-8, keep_vectors=True).measure(case.point())
     v = row.arrays["vectors"][:, 0]
-    assert float((case.hessian @ v - row.value * v).norm()) <= row.error
+    assert float((case.hessian @ v - row.value * v).norm()) <= 3.01 * row.error
 
 
 class Quadratic:
@@ -156,19 +157,17 @@ class Quadratic:
         return Point(step, objective, **options)
 
 
-# A warm start is given noise, and with `verify` a proof, which take back part of what it saves: 10 and 8 of 12 here.
-@pytest.mark.parametrize(("verify", "share"), [(True, 0.9), (False, 0.75)])
-def test_a_warm_start_saves_products_where_the_spectrum_moves_slowly(verify, share):
+def test_a_warm_start_saves_products_where_the_spectrum_moves_slowly():
     problem, state, products = Quadratic(), {}, []
     values = torch.linspace(-1, 1, 200, dtype=torch.float64)
     values[-1] = 1.3
     for step in range(6):
-        measurement = Sharpness(verify=verify)
-        row = only(measurement.measure(problem.point(step, values * (1 + 0.01 * step), state=state)))
+        grown = values * (1 + 0.01 * step)
+        row = only(Sharpness().measure(problem.point(step, grown, state=state)))
         assert row.converged
+        assert abs(row.value - float(grown[-1])) <= row.error
         products.append(row.products)
-    cold = only(Sharpness().measure(problem.point(6, values))).products
-    assert max(products[1:]) <= share * cold
+    assert max(products[1:]) <= 0.5 * products[0]
 
 
 @pytest.mark.parametrize("which", ["LA", "LM", "SA"])
@@ -184,16 +183,17 @@ def test_a_warm_start_does_not_stay_in_a_stale_eigenspace(which):
     # The gradient is orthogonal to the eigenvector that is about to win.
     u = problem.eigenvectors[:, 100]
     b = problem.b - (problem.b @ u) * u
-    measurement = Sharpness(which=which)
+    measurement = Sharpness(which=which, proof_every=4)
     only(measurement.measure(problem.point(0, before, b, state=state)))
-    row = only(measurement.measure(problem.point(1, after, b, state=state)))
+    for step in range(1, 5):
+        row = only(measurement.measure(problem.point(step, after, b, state=state)))
     assert row.value == pytest.approx(new, rel=1e-3)
 
 
 def test_measuring_again_gives_the_same_number(case):
     state = {}
     list(Sharpness().measure(case.point(0, state=state)))
-    first, second = ({key: value.clone() for key, value in state.items()} for _ in range(2))
+    first, second = (copy.deepcopy(state) for _ in range(2))
     rows = [list(Sharpness().measure(case.point(1, state=copied))) for copied in (first, second)]
     assert [row.value for row in rows[0]] == [row.value for row in rows[1]]
     assert torch.equal(first["vectors"], second["vectors"])
@@ -230,7 +230,7 @@ def test_density(case):
     assert nodes.shape == weights.shape
     assert torch.allclose(weights.sum(1), torch.ones(4, dtype=weights.dtype))
     assert row.value == pytest.approx(float((nodes * weights).sum(1).mean()), rel=1e-9)
-    assert abs(row.value - float(case.eigenvalues.mean())) <= 4 * row.error
+    assert abs(row.value - float(case.eigenvalues.mean())) <= 3.01 * row.error
     assert row.products == 4 * nodes.shape[1]
 
 

@@ -370,31 +370,74 @@ def clock(monkeypatch):
     return clock
 
 
-def test_overhead_is_capped_by_visible_skips(trajectory, clock):
-    objective, _ = quadratic()
-
+def a_second(clock):
     def slow(point):
         clock.now += 1.0
         return point.step
 
-    monitor = Monitor(objective, None, [Probe(slow, name="slow"), Loss()], trajectory, max_overhead=0.25)
-    for _ in range(100):
+    return Probe(slow, name="slow")
+
+
+def test_overhead_is_capped_by_a_longer_spacing(trajectory, clock):
+    objective, _ = quadratic()
+    monitor = Monitor(objective, None, [a_second(clock), Loss()], trajectory, max_overhead=0.25)
+    for _ in range(200):
         monitor.step()
         clock.now += 0.5  # training
         assert monitor.overhead <= 0.25 or len(trajectory.series("slow").steps) == 1
     measured = trajectory.series("slow").steps
-    assert measured[0] == 0
-    # 1 s of measuring for 3 s of training, which is 6 steps; the second time waits until both are paid for.
-    assert np.diff(measured).tolist() == [12] + [6] * (len(measured) - 2)
-    assert monitor.skipped["slow"] == 100 - len(measured)
-    assert trajectory.series("skipped", "slow").values[-1] == monitor.skipped["slow"]
+    # 1 s of measuring for 3 s of training, which is 6 steps, and a little more than that: 8. The second waits until
+    # both are paid for, which is at step 12.
+    assert measured[:2].tolist() == [0, 12]
+    assert (measured[2:] % 8 == 0).all()
+    assert set(np.diff(measured)[-10:]) == {8}
+    assert monitor.cadence == {"slow": 8, "loss": 1}
+    # One row where the spacing changed, none for what was left out meanwhile; the count of that stands at the end.
+    assert trajectory.series("cadence", "slow")[:2] == ([13], [8.0])
+    assert "skipped" not in trajectory.quantities()
+    assert monitor.skipped["slow"] == 200 - len(measured)
+    assert len(trajectory.series("loss").steps) == 200 - monitor.skipped["loss"]
+    assert monitor.skipped["loss"] < 12  # until the first of the slow one is paid for
     monitor.close()
-    assert trajectory.series("slow").steps[-1] == 100
+    assert trajectory.series("slow").steps[-1] == 200
+    assert trajectory.series("skipped", "slow")[:2] == ([200], [200.0 - len(measured)])
 
-    resumed = Monitor(objective, None, [Probe(slow, name="slow"), Loss()], trajectory, max_overhead=0.25)
-    resumed.load_state_dict(monitor.state_dict())
-    assert resumed.overhead == monitor.overhead
-    assert resumed.skipped == monitor.skipped
+
+def test_the_cadence_survives_a_kill(tmp_path, clock):
+    """Killed at any step, the resumed run measures at the same steps as the one left alone."""
+
+    def run(folder, kill=None):
+        clock.now = 0.0
+        objective, _ = quadratic()
+        trajectory = Trajectory.open(tmp_path / folder)
+        monitor = Monitor(objective, None, [a_second(clock), Loss()], trajectory, max_overhead=0.25)
+        for step in range(60):
+            if step == kill:
+                saved = saved_and_loaded(monitor.state_dict())
+                clock.now += 1e6  # the time between two processes is nobody's
+                monitor = Monitor(objective, None, [a_second(clock), Loss()], trajectory, max_overhead=0.25)
+                monitor.load_state_dict(saved)
+                assert monitor.overhead == pytest.approx(saved["measuring"] / saved["elapsed"])
+            monitor.step()
+            clock.now += 0.5
+        monitor.close()
+        return trajectory.to_pandas(costs=False), monitor
+
+    expected, alone = run("alone")
+    for kill in (1, 12, 13, 30):
+        table, resumed = run(f"killed-{kill}", kill)
+        assert table.equals(expected)
+        assert (resumed.cadence, resumed.skipped) == (alone.cadence, alone.skipped)
+
+
+def test_a_state_from_before_there_were_spacings_is_read(trajectory, clock):
+    objective, _ = quadratic()
+    monitor = Monitor(objective, None, [a_second(clock)], trajectory, max_overhead=0.25)
+    monitor.step()
+    state = monitor.state_dict()
+    del state["cadence"]
+    monitor.load_state_dict(state | {"version": 1, "costs": {"slow": 3.0}})
+    assert monitor.state_dict()["cadence"] == {"factors": {"slow": 1}, "costs": {"slow": 3.0}, "counts": {"slow": 1}}
 
 
 def diverge_at(*steps):
