@@ -49,7 +49,7 @@ from .hessian import (
     top_eigenvalues,
     trace,
 )
-from .landscape import Block, Objective, Partition, partition
+from .landscape import Block, Objective, Partition, PerExampleStatistics, partition, per_example_statistics
 
 if TYPE_CHECKING:
     from . import figures
@@ -80,6 +80,7 @@ __all__ = [
     "NotTwiceDifferentiable",
     "Objective",
     "Partition",
+    "PerExampleStatistics",
     "Point",
     "PreconditionedOperator",
     "Row",
@@ -98,6 +99,7 @@ __all__ = [
     "frobenius_norm",
     "info",
     "partition",
+    "per_example_statistics",
     "plot",
     "replay",
     "solve",

@@ -4,5 +4,17 @@ from .blocks import Block, Partition, partition
 from .evaluation import Chunk
 from .layout import Layout
 from .objective import Objective
+from .per_example import per_example_statistics
+from .per_example_statistics import NoiseScale, PerExampleStatistics
 
-__all__ = ["Block", "Chunk", "Layout", "Objective", "Partition", "partition"]
+__all__ = [
+    "Block",
+    "Chunk",
+    "Layout",
+    "NoiseScale",
+    "Objective",
+    "Partition",
+    "PerExampleStatistics",
+    "partition",
+    "per_example_statistics",
+]
