@@ -1,4 +1,4 @@
-"""The examples of the README and of the kernels page run as they stand, one after the other."""
+"""The examples of the README and of two pages run as they stand, one after the other."""
 
 import re
 from pathlib import Path
@@ -32,6 +32,16 @@ def test_examples_of_the_kernels_page_run(tmp_path, monkeypatch):
     loaded = torch.load("checkpoint.pt", weights_only=True)["states"]
     assert torch.equal(loaded[0].m.codes, names["states"][0].m.codes)
     assert names["weights"].sum(1).tolist() == pytest.approx([1.0, 1.0, 1.0])
+
+
+def test_examples_of_the_performance_page_run(capsys):
+    names = {}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "performance.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "performance.md", "exec"), names)
+    assert "spectral_density: 240 products" in capsys.readouterr().out
+    assert float(names["v"].norm()) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README))
