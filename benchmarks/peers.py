@@ -28,8 +28,8 @@ QUICK = {
     "top1-1e-3": (3, 5.0, 300), "top1-1e-6": (2, 4.0, 300), "top10-1e-3": (1, 4.0, 250),
 }  # fmt: skip
 FULL = {
-    "hvp": (9, 12.0, 200), "hvp-batches": (9, 12.0, 200), "ggn": (9, 12.0, 200), "blocks": (5, 15.0, 500),
-    "top1-1e-3": (9, 45.0, 600), "top1-1e-6": (5, 35.0, 600), "top10-1e-3": (3, 40.0, 600),
+    "hvp": (9, 8.0, 200), "hvp-batches": (9, 8.0, 200), "ggn": (9, 8.0, 200), "blocks": (3, 10.0, 500),
+    "top1-1e-3": (9, 30.0, 600), "top1-1e-6": (5, 20.0, 600), "top10-1e-3": (3, 30.0, 600),
 }  # fmt: skip
 # Compiling takes half a minute on a transformer, and many blocks of many layers as long.
 COMPILED_WHEN_QUICK = ("MLP",)

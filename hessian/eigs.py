@@ -46,8 +46,8 @@ EXPECTED_PER_PAIR = 3
 # A long basis saves restarts, and products where the wanted end of the spectrum is crowded.
 LONG_BASIS = 200
 LONG_BASIS_BYTES = 256 << 20
-# The basis takes no more memory than this, unless the wanted vectors alone do.
-BASIS_BYTES = 4 << 30
+# The basis takes no more memory than this, nor than half of what is free, unless the wanted vectors alone do.
+BASIS_BYTES = 8 << 30
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def top_eigenvalues(
         coarse: For num = 1 and no `start`, from 500 000 rows on, find the eigenvector of `op.coarse()` first and start
             from it. That changes the products needed, and neither bounds nor proofs.
         basis_size: Most vectors [n] to hold. By default max(40, 2 num + 20) and 24 for the verification in at most
-            4 GiB, and up to 200 in at most 256 MiB.
+            8 GiB and half of the free memory, and up to 200 in at most 256 MiB.
         basis_dtype: In which they are held. torch.float16 takes half the memory of float32. Its rounding is measured
             and in `residuals`, which get no smaller than about 2e-4 |λ|max, and as much again or twice that for every
             restart, so that `tol` = 1e-3 with restarts can be out of reach. torch.bfloat16 takes the same memory and
@@ -318,7 +318,8 @@ def _capacity(
         enough = n
     useful = max(enough, min(LONG_BASIS, LONG_BASIS_BYTES // row_bytes))
     # Every restart of rounded rows costs accuracy.
-    most = BASIS_BYTES if dtype == op.dtype else max(BASIS_BYTES, available_bytes(op.device) // UNROUNDED_SHARE)
+    free = available_bytes(op.device) // UNROUNDED_SHARE
+    most = min(BASIS_BYTES, free) if dtype == op.dtype else max(BASIS_BYTES, free)
     return max(min(useful, most // row_bytes, budget + 2), num + 6)
 
 

@@ -97,7 +97,9 @@ class Auto(Engine):
             self._compiled.expect(products)
 
     def gradient(self) -> Tensor:
-        return (self._current if self._compiled is None else self._compiled).gradient()
+        if self._compiled is not None:
+            return self._compiled.gradient()
+        return self._tried(lambda engine: engine.gradient())
 
     def local_matmat(self, V: Tensor, subset: Sequence[int]) -> Tensor:
         return self.chosen.local_matmat(V, subset)

@@ -55,12 +55,12 @@ class Factor:
     metric: Metric
     jacobian: PulledTwice | Linear | None = None
     checked: bool = False  # that J v and Jᵀ w are transposes of each other
-    recomputes: bool = True
+    runs_code: bool = True  # a pass backward through the outputs' graph runs code of the user's
 
     @property
     def needs_model(self) -> bool:
-        """Jᵀ w runs the model again, or J v may be traced yet."""
-        return self.recomputes or not isinstance(self.jacobian, Linear)
+        """Jᵀ w runs code of the user's, or J v may be traced yet."""
+        return self.runs_code or not isinstance(self.jacobian, Linear)
 
     def push(self, tangents: Sequence[Tensor]) -> Tensor:
         """J v, shaped like the outputs."""
@@ -193,9 +193,9 @@ class FactorOperator(LinearOperator):
         return self._linearisations.linearise(factor.chunk, factor.theta, factor.outputs)
 
     def _ready_factor(self, chunk: Chunk, theta: tuple[Tensor, ...]) -> Factor:
-        with ShortSecondDerivatives() as short:
+        with ShortSecondDerivatives(not self.objective.differentiates_inside) as short:
             factor = self.factor(chunk, theta)
-        factor.recomputes = short.recomputes or bool(self.objective.custom_functions)
+        factor.runs_code = short.needs_model or bool(self.objective.custom_functions)
         factor.jacobian = self._linearised(factor) or PulledTwice(factor.outputs, theta)
         if self.objective.custom_functions:
             factor.verify(self.relative_error, self.objective.custom_functions)

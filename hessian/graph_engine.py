@@ -84,11 +84,11 @@ class DoubleBackward(Engine):
                 columns[column].add_(share, alpha=graph.weight)
 
     def _build(self, chunk: Chunk, theta: tuple[Tensor, ...]) -> Graph:
-        with ShortSecondDerivatives() as short:
+        with ShortSecondDerivatives(not self.objective.differentiates_inside) as short:
             loss = self.objective.chunk_loss(chunk, theta)
             gradients = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
         return Graph(
-            chunk.weight, theta, gradients, needs_model=short.recomputes or bool(self.objective.custom_functions)
+            chunk.weight, theta, gradients, needs_model=short.needs_model or bool(self.objective.custom_functions)
         )
 
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 Arguments = Mapping[str, Any]
 
-# Vectors that an algorithm holds beside its basis and its result.
-VECTORS_BESIDE = 4
+# The least number of vectors that an eigenvalue search holds beside its basis.
+SEARCH_VECTORS = 2
 # Products of an eigenvalue search where no smaller problem shows how many it takes: so many, and so many for each pair.
 FIRST_PRODUCTS, PRODUCTS_PER_PAIR = 6, 2.5
 # Gram-Schmidt reads a basis as often as two projections and two combinations do.
@@ -55,7 +55,7 @@ def plan_eigenvalues(arguments: Arguments) -> Plan:
         products=products,
         most=most,
         seconds=products * (cost.seconds + _gram_schmidt_seconds(op, rows / 2)),
-        memory=basis + (num + VECTORS_BESIDE) * _row_bytes(op),
+        memory=basis + max(num, SEARCH_VECTORS) * _row_bytes(op),
         cure="lower `basis_size` or `num`, or take basis_dtype=torch.float16",
     )
 

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 ATEN = torch.ops.aten
+HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
 
 
 class ShortSecondDerivatives(TorchFunctionMode):
@@ -29,11 +30,20 @@ class ShortSecondDerivatives(TorchFunctionMode):
     Other types than plain float32 and float64 tensors keep torch's own, and so does what activation checkpointing will
     run again, when this is closed.
 
+    Not for a loss that differentiates inside itself: its Hessian needs third derivatives.
+
+    Args:
+        enabled: False leaves torch's own everywhere.
+
     Attributes:
-        recomputes: Something ran under activation checkpointing: a pass backward through its graph runs the model.
+        needs_model: Something ran under activation checkpointing, or with hooks of the user's on its tensors: a pass
+            backward through the graph runs the user's code.
     """
 
-    recomputes = False
+    def __init__(self, enabled: bool = True) -> None:
+        super().__init__()
+        self._enabled = enabled
+        self.needs_model = False
 
     def __torch_function__(
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
@@ -41,8 +51,14 @@ class ShortSecondDerivatives(TorchFunctionMode):
         kwargs = kwargs or {}
         short = SHORT.get(func)
         checkpointed = _checkpointed()
-        self.recomputes = self.recomputes or checkpointed
-        if short is None or not torch.is_grad_enabled() or checkpointed or not _plain(args, kwargs):
+        self.needs_model = self.needs_model or checkpointed or func in HOOKS
+        if (
+            not self._enabled
+            or short is None
+            or checkpointed
+            or not torch.is_grad_enabled()
+            or not _plain(args, kwargs)
+        ):
             return func(*args, **kwargs)
         result = short(*args, **kwargs)
         return func(*args, **kwargs) if result is NotImplemented else result
@@ -54,7 +70,12 @@ def _checkpointed() -> bool:
 
 
 def _plain(args: tuple, kwargs: Mapping[str, Any]) -> bool:
-    """Whether all tensors are plain ones of one type on one device and a gradient is wanted."""
+    """Whether all tensors are plain ones of one type on one device and a gradient is wanted.
+
+    Inside `torch.func` transforms and forward differentiation none is.
+    """
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return False
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     return (
         any(x.requires_grad for x in tensors)

@@ -75,6 +75,10 @@ def checked_loss(loss: Any, number: int, batch: Any = None, *, differentiable: b
     return loss.reshape(())
 
 
+# What stands among the custom functions for a loss that differentiates inside itself.
+NESTED = "torch.autograd.grad"
+
+
 def custom_functions(loss: Tensor, parameters: Iterable[Tensor]) -> tuple[str, ...]:
     """Names of the functions in the graph of a loss whose second derivatives cannot be taken on trust.
 
@@ -112,6 +116,24 @@ def say_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
         log.warning(message)
+
+
+class NestedDifferentiation(TorchFunctionMode):
+    """Notices derivatives that a loss takes inside itself, as physics-informed losses and gradient penalties do.
+
+    Its Hessian then has third derivatives of the layers, which are not to be taken on trust either: torch 2.13 has a
+    wrong one for `layer_norm`.
+
+    Attributes:
+        found: The name to list among the `custom_functions`, or nothing.
+    """
+
+    found: tuple[str, ...] = ()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
+            self.found = (NESTED,)
+        return func(*args, **(kwargs or {}))
 
 
 class _AttentionWatch(TorchFunctionMode):
@@ -187,14 +209,15 @@ def _first_loss(
     copied = map_tensors(batch, torch.clone)
     tensors = tensors_of(copied)
     before = [content(t) for t in tensors]
-    loss = checked_loss(objective._evaluate(copied, theta), number, batch, differentiable=False)
+    with NestedDifferentiation() as nested:
+        loss = checked_loss(objective._evaluate(copied, theta), number, batch, differentiable=False)
     if before != [content(t) for t in tensors]:
         raise ValueError(
             f"`loss` changes the tensors of batch {number} in place, so no two evaluations see the same data; "
             "work on a clone inside `loss`"
         )
     if loss.requires_grad:
-        custom.update(custom_functions(loss, live))
+        custom.update(custom_functions(loss, live), nested.found)
     return loss
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .batches import Batches, chosen, digest
 from .callables import accepts, call, code_of, pair
-from .checks import Look, checked_loss, custom_functions
+from .checks import NESTED, Look, NestedDifferentiation, checked_loss, custom_functions
 from .counting import reduction_of, target_count
 from .evaluation import Evaluation
 from .guard import is_compiled
@@ -183,12 +183,22 @@ class Objective(Evaluation):
 
     @property
     def custom_functions(self) -> tuple[str, ...]:
-        """The user's own autograd functions on the way to the loss, whose second derivatives engines verify."""
+        """The user's own autograd functions on the way to the loss, whose second derivatives engines verify; with
+        `torch.autograd.grad` among them where the loss differentiates inside itself."""
         if self._custom_functions is None:
+            found: set[str] = set()
             with self.evaluation() as theta:
-                found = [custom_functions(self.chunk_loss(chunk, theta), ()) for chunk in self.chunks()]
-                self._custom_functions = tuple(sorted({name for names in found for name in names}))
+                for chunk in self.chunks():
+                    with NestedDifferentiation() as nested:
+                        loss = self.chunk_loss(chunk, theta)
+                    found.update(custom_functions(loss, ()), nested.found)
+            self._custom_functions = tuple(sorted(found))
         return self._custom_functions
+
+    @property
+    def differentiates_inside(self) -> bool:
+        """Whether the loss takes derivatives inside itself."""
+        return NESTED in self.custom_functions
 
     @property
     def criterion(self) -> Callable[[Any, Any], Tensor] | None:

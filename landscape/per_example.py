@@ -142,6 +142,8 @@ class _Pass:
             rest = sorted(recorder.others(loss))
             if rest and not recorder.mostly_dense(rest):
                 raise NotSeparable(f"parameters such as {self.objective.layout.names[rest[0]]!r} are used otherwise")
+            if recorder.reorders:
+                raise NotSeparable("rows may change places by their values, through an index or a sort")
             signature = hash(tuple(recorder.uses))
             recorder.backward(loss)
             if rest:

@@ -28,6 +28,36 @@ SUMS = (torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__
 PRODUCTS = (torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)
 
 
+# Functions that move entries along an axis by values.
+BY_VALUE = {
+    getattr(place, name)
+    for name in (
+        "gather",
+        "index_select",
+        "take_along_dim",
+        "sort",
+        "msort",
+        "topk",
+        "index_add",
+        "index_copy",
+        "scatter",
+    )
+    for place in (torch, Tensor)
+    if hasattr(place, name)
+}
+
+
+def _may_reorder(func: Any, args: tuple, kwargs: dict) -> bool:
+    """Whether a call may put rows of the first axis in an order that depends on values."""
+    if func in (Tensor.__getitem__, Tensor.__setitem__):
+        index = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
+        return isinstance(index, Tensor | list)
+    if func not in BY_VALUE or not isinstance(args[0] if args else None, Tensor):
+        return False
+    axes = [a for a in (*args[1:], *kwargs.values()) if isinstance(a, int) and not isinstance(a, bool)]
+    return not axes or 0 in axes or -args[0].ndim in axes
+
+
 class NotSeparable(Exception):
     """The rows of an operation do not belong to examples, or are no longer what they were."""
 
@@ -67,6 +97,7 @@ class Recorder(TorchFunctionMode):
         self._rank_one: set[int] = set()
         # What was called, with which axes, and which parameters made outputs of which shapes.
         self.uses: list[tuple] = []
+        self.reorders = False
 
     def others(self, loss: Tensor) -> set[int]:
         """Parameters that the loss also reaches in ways that are not known here; nothing is added for them."""
@@ -102,6 +133,7 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.uses.append((func, *(a for a in (*args, *kwargs.values()) if isinstance(a, int | str))))
+        self.reorders = self.reorders or _may_reorder(func, args, kwargs)
         rule = RULES.get(func)
         if rule is not None:
             try:

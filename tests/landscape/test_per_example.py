@@ -579,3 +579,28 @@ def test_one_example_has_no_scatter(mlp):
             function()
     with pytest.raises(ValueError, match="`by` is 'layer'"):
         found.snr(by="layer")  # type: ignore[call-overload]
+
+
+def test_rows_that_change_places_by_their_values_are_not_mixed_up():
+    torch.manual_seed(0)
+
+    class Sorted(nn.Module):
+        """As sequences are sorted by length before a recurrent layer."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            order = torch.argsort(x[:, 0], descending=True)
+            return self.last(torch.tanh(self.first(x[order])))[torch.argsort(order)]
+
+    x = torch.randn(16, 3, dtype=torch.float64)
+    x[:8] = x[:8][x[:8, 0].argsort(descending=True)]  # the first batch is in order already
+    y = torch.randint(0, 2, (16,))
+    criterion = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0], dtype=torch.float64))
+    objective = Objective.supervised(Sorted().double(), criterion, [(x[:8], y[:8]), (x[8:], y[8:])])
+    found = per_example_statistics(objective)
+    expected = per_example_statistics(objective, method="loop")
+    torch.testing.assert_close(found.norms, expected.norms, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.second_moment, expected.second_moment, rtol=1e-9, atol=1e-12)

@@ -1,4 +1,6 @@
-"""sharpscope, as in its README."""
+"""sharpscope, as in its README; products as its algorithms make them, in a run at fixed weights."""
+
+from contextlib import ExitStack
 
 from sharpscope import GGN, Hessian, Objective, partition, top_eigenvalues
 
@@ -10,14 +12,22 @@ def objective(case):
     return Objective.supervised(case.model, case.criterion, data)
 
 
+def running(op, product):
+    """`product` while the run at fixed weights lasts, which is as long as the function that is returned."""
+    run = ExitStack()
+    run.enter_context(op.fixed())
+    return lambda run=run: product()
+
+
 def hvp(case, v):
     hessian = Hessian(objective(case))
-    return lambda: hessian @ v
+    return running(hessian, lambda: hessian @ v)
 
 
 def ggn(case, v):
     matrix = GGN(objective(case))
-    return lambda: matrix @ v
+    matrix.expect(100)
+    return running(matrix, lambda: matrix @ v)
 
 
 def blocks(case, v):
@@ -25,7 +35,7 @@ def blocks(case, v):
     layout = hessian.objective.layout
     tensors = partition(hessian.objective, "parameter").values()
     parts = [(hessian.block(block), v[block.indices(layout)]) for block in tensors]
-    return lambda: [block @ part for block, part in parts]
+    return running(hessian, lambda: [block @ part for block, part in parts])
 
 
 def top(case, k, tol, seed, stopwatch):
