@@ -23,6 +23,9 @@ COARSE_SHARE = 1 / 8
 class Hessian(LinearOperator):
     r"""∇²L(θ) [n, n] of an objective, at the weights the model has when a product is asked for.
 
+    Weights, buffers and data are looked at before every product, or once for a run (`fixed`). Plain Python values that
+    the loss or the model reads, such as an annealed coefficient, are not: after changing one, make a new Hessian.
+
     Args:
         objective: What is differentiated twice.
         engine: "auto", or "double-backward", "forward-over-reverse", "finite-difference", "compiled". "auto" takes the

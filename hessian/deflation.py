@@ -140,7 +140,7 @@ def leading_subspace(
         ends: Pairs that the run goes on for until they, too, are there.
     """
     n = op.shape[0]
-    _check(op, num)
+    check_deflation(op, num)
     most = products_for(num, n, ends) if max_products is None else min(max_products, n)
     with plain_tensors(), op.fixed():
         affordable = available_bytes(op.device) // (MEMORY_SHARE * n * op.dtype.itemsize)
@@ -158,7 +158,7 @@ def leading_subspace(
         return _subspace(krylov, n / (DOUBT * random_share) ** 2)
 
 
-def _check(op: LinearOperator, num: int) -> None:
+def check_deflation(op: LinearOperator, num: int) -> None:
     if not isinstance(num, int) or isinstance(num, bool) or num < 0:
         raise ValueError(f"`deflate` is {num!r}; it must be a number of eigenpairs, or 0 for none")
     if num >= op.shape[0]:

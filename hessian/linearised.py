@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..landscape.batches import map_tensors, tensors_of
+from ..landscape.batches import tensors_of
 from ..landscape.evaluation import Chunk
-from ..landscape.guard import substituted
 from ..landscape.memory import storages
 from ..landscape.objective import Objective
+from .chunk_function import chunk_function
 from .tracing import Linear, TangentProgram
 
 # What a trace costs and what it saves, measured on CPUs for dense, convolutional and attention networks; a decision
@@ -84,7 +84,7 @@ class Linearisations:
         gain = max(shape.seconds_lost, self._expected * shape.seconds_saved)
         if shape.program is None and gain <= shape.trace_seconds:
             return None
-        function, others = prediction_function(self.objective, chunk)
+        function, others = chunk_function(self.objective, chunk, lambda c, _: self.objective.prediction(c)[0])
         try:
             if shape.program is None:
                 if sum(s.program is not None for s in self._shapes.values()) >= MAX_PROGRAMS:
@@ -134,29 +134,3 @@ def _estimate(outputs: Tensor) -> Shape:
     gradient = sum(memory.values()) * SECONDS_PER_BYTE.get(outputs.device.type, SECONDS_PER_BYTE["cpu"])
     saved = SAVED_BY_CONVOLUTIONS if convolutions else SAVED
     return Shape(trace_seconds=TRACE_SECONDS * nodes, seconds_saved=saved * gradient)
-
-
-def prediction_function(objective: Objective, chunk: Chunk) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    """z as a function of (the analysed tensors, then others), and the others of this chunk.
-
-    The others are frozen parameters, buffers and the batch's tensors: whatever may differ at the next use of a trace.
-    Call inside the objective's evaluation.
-    """
-    model = objective.model
-    assert model is not None
-    named = dict(model.named_parameters())
-    own = [named.pop(name) for name in objective.layout.names]
-    frozen, buffers = list(named.values()), list(model.buffers())
-    batch = tensors_of(chunk.batch)
-    others = (*frozen, *buffers, *batch)
-
-    def function(*tensors: Tensor) -> Tensor:
-        parameters = tensors[: len(own) + len(frozen)]
-        # Clones: a model may write to its buffers, and a transform allows that only of tensors made inside it.
-        copies = [t.clone() for t in tensors[len(parameters) : len(parameters) + len(buffers)]]
-        data = iter(tensors[len(parameters) + len(buffers) :])
-        places = (*own, *frozen, *buffers)
-        with substituted(model, {id(old): new for old, new in zip(places, (*parameters, *copies), strict=True)}):
-            return objective.prediction(replace(chunk, batch=map_tensors(chunk.batch, lambda _: next(data))))[0]
-
-    return function, others

@@ -29,18 +29,18 @@ class Plan:
 
     Attributes:
         algorithm: Name of the function.
-        products: Operator products expected.
-        most_products: The budget, where the number depends on what is found; else the same as `products`.
+        products: Operator products expected; the whole budget where nothing tells how many it takes.
+        most_products: The budget, where the number depends on what is found; else None.
         seconds: Time expected, from products timed while planning.
         bytes: Peak memory of tensors expected, above what was in use before planning.
         available: Memory that was free then, in bytes.
         spent: Products made to plan.
-        cure: What would fit, where this does not.
+        cure: What would fit; said where this does not.
     """
 
     algorithm: str
     products: int
-    most_products: int
+    most_products: int | None
     seconds: float
     bytes: int
     available: int
@@ -53,10 +53,15 @@ class Plan:
         return self.bytes <= self.available
 
     def __str__(self) -> str:
-        most = "" if self.most_products == self.products else f" (at most {self.most_products})"
+        if self.most_products == self.products:
+            count = f"at most {self.products} products"
+        else:
+            count = f"{self.products} products" + (
+                "" if self.most_products is None else f" (at most {self.most_products})"
+            )
         memory = f"{self.bytes / 2**30:.2f} GiB of {self.available / 2**30:.2f} GiB free"
         state = "" if self.fits else f"; does NOT fit: {self.cure}"
-        return f"{self.algorithm}: {self.products} products{most}, {self.seconds:.3g} s, peak memory {memory}{state}"
+        return f"{self.algorithm}: {count}, {self.seconds:.3g} s, peak memory {memory}{state}"
 
 
 class Planned(Protocol[P, R_co]):

@@ -17,7 +17,7 @@ from ..landscape.blocks import Partition, partition
 from ..landscape.memory import available_bytes
 from .operator import LinearOperator
 from .plan import Plan, ProductCost, product_cost, timed
-from .probes import probe_groups
+from .probes import check_method, check_num_probes, probe_groups
 
 if TYPE_CHECKING:
     from .block_spectra import Sampling
@@ -27,7 +27,7 @@ Arguments = Mapping[str, Any]
 # The least number of vectors that an eigenvalue search holds beside its basis.
 SEARCH_VECTORS = 2
 # Products of an eigenvalue search where no smaller problem shows how many it takes: so many, and so many for each pair.
-FIRST_PRODUCTS, PRODUCTS_PER_PAIR = 6, 2.5
+FIRST_PRODUCTS, PRODUCTS_PER_PAIR, PROVED_PRODUCTS_PER_PAIR = 6, 2.5, 13
 # Gram-Schmidt reads a basis as often as two projections and two combinations do.
 PASSES = 2
 # Vectors of a conjugate direction method.
@@ -65,11 +65,12 @@ def plan_density(arguments: Arguments) -> Plan:
     it the number depends on what is found, and the plan is the budget."""
     from .deflation import products_for
     from .lockstep import default_basis_dtype, probes_at_once, run_bytes
-    from .slq import MAX_PRODUCTS, PROBES, STEPS, exact_limit
+    from .slq import MAX_PRODUCTS, PROBES, STEPS, check_sampling, exact_limit
 
     op, n = arguments["op"], arguments["op"].shape[0]
     steps, probes = arguments["num_steps"] or STEPS, arguments["num_probes"] or PROBES
-    cost = product_cost(op)
+    check_sampling(op, **{name: arguments[name] for name in ("num_steps", "num_probes", "deflate", "basis_dtype")})
+    cost, most = product_cost(op), None
     if arguments["tol"] is None and n <= exact_limit(steps, probes):
         products, memory, rows = n, 4 * n * n * 8, 0
     else:
@@ -77,13 +78,17 @@ def plan_density(arguments: Arguments) -> Plan:
         dtype = arguments["basis_dtype"] or default_basis_dtype([op], steps)
         at_once = probes_at_once(op, steps, probes, dtype)
         memory = at_once * run_bytes(op, steps, dtype) + first * _row_bytes(op)
-        products = steps * probes + first if arguments["tol"] is None else arguments["max_products"] or MAX_PRODUCTS
+        if arguments["tol"] is not None:
+            products = most = arguments["max_products"] or MAX_PRODUCTS
+        else:
+            products = steps * probes + first
         rows = steps / 2
     return _plan(
         "spectral_density",
         op,
         cost,
         products=products,
+        most=most,
         seconds=products * (cost.seconds + _gram_schmidt_seconds(op, rows)),
         memory=memory,
         cure="lower `num_steps`, or take basis_dtype=torch.float16",
@@ -92,16 +97,20 @@ def plan_density(arguments: Arguments) -> Plan:
 
 def plan_trace(arguments: Arguments) -> Plan:
     """With `tol` it may need fewer products than planned."""
+    from .trace import FEWEST_PRODUCTS
+
     op, method = arguments["op"], arguments["method"]
-    products = op.shape[0] if method == "exact" else min(arguments["num_probes"], op.shape[0])
+    products = _num_products(arguments, FEWEST_PRODUCTS)
     held = {"hutch++": products, "xtrace": SKETCH_VECTORS * products}.get(method, arguments["deflate"])
     return _probed("trace", op, products, held, "lower `num_probes`, or take method='hutchinson'")
 
 
 def plan_frobenius(arguments: Arguments) -> Plan:
     """One product for each probe."""
+    from .frobenius import FEWEST_PRODUCTS
+
     op, method = arguments["op"], arguments["method"]
-    products = op.shape[0] if method == "exact" else min(arguments["num_probes"], op.shape[0])
+    products = _num_products(arguments, FEWEST_PRODUCTS)
     held = SKETCH_VECTORS * products if method == "xtrace" else 0
     return _probed("frobenius_norm", op, products, held, "lower `num_probes`, or take method='hutchinson'")
 
@@ -109,6 +118,7 @@ def plan_frobenius(arguments: Arguments) -> Plan:
 def plan_diagonal(arguments: Arguments) -> Plan:
     """One product for each probe."""
     op = arguments["op"]
+    check_num_probes(arguments["num_probes"], 1)
     return _probed("diagonal", op, min(arguments["num_probes"], op.shape[0]), 0, "select fewer parameters")
 
 
@@ -121,20 +131,23 @@ def plan_solve(arguments: Arguments) -> Plan:
     cost = product_cost(op)
     memory = SOLVE_VECTORS * _row_bytes(op)
     seconds = most * cost.seconds
-    return _plan("solve", op, cost, products=most, seconds=seconds, memory=memory, cure="select fewer parameters")
+    return _plan(
+        "solve", op, cost, products=most, most=most, seconds=seconds, memory=memory, cure="select fewer parameters"
+    )
 
 
 def plan_block_spectra(arguments: Arguments) -> Plan:
     """One product with every block is timed. The extreme eigenvalues of sampled blocks, whose number of products
     depends on the spectrum, are planned as a search of that many pairs."""
     from .block_spectra import Sampling, curvature_of
+    from .eigs import default_budget
 
     op = curvature_of(arguments["objective"], arguments["operator"])
     blocks = arguments["blocks"]
     division = blocks if isinstance(blocks, Partition) else partition(arguments["objective"], blocks)
     sampling = Sampling.of(*(arguments[name] for name in ("num_steps", "num_probes", "deflate", "dense_limit")))
     cost = product_cost(op)
-    products, seconds, memory = 0, 0.0, 0
+    products, most, seconds, memory = 0, 0, 0.0, 0
     with op.fixed():
         for name, size in division.sizes.items():
             block = op.block(division[name])
@@ -142,12 +155,14 @@ def plan_block_spectra(arguments: Arguments) -> Plan:
             each = timed(lambda block=block, v=v: block.matvec(v))
             count, held = _block_needs(block, sampling, arguments["num_top"])
             products, seconds, memory = products + count, seconds + count * each, max(memory, held)
+            most += count if size <= sampling.dense_limit else count + default_budget(2 * arguments["num_top"])
     return _plan(
         "block_spectra",
         op,
         cost,
         products=products,
         seconds=seconds,
+        most=most,
         memory=memory,
         cure="lower `num_steps`, or divide into smaller blocks",
         spent=len(division),
@@ -163,7 +178,10 @@ def _block_needs(block: LinearOperator, sampling: Sampling, num_top: int) -> tup
     if size <= sampling.dense_limit:
         return size, 4 * size * size * 8
     first = products_for(sampling.deflate, size) if sampling.deflate else 0
-    search = math.ceil(FIRST_PRODUCTS + PRODUCTS_PER_PAIR * num_top)
+    # A deflation's run has the leading pairs already; else both ends are searched and proved.
+    search = math.ceil(
+        FIRST_PRODUCTS + PRODUCTS_PER_PAIR * num_top if first else PROVED_PRODUCTS_PER_PAIR * 2 * num_top
+    )
     run = run_bytes(block, sampling.num_steps, default_basis_dtype([block], sampling.num_steps))
     return sampling.num_steps * sampling.num_probes + first + search, run + first * _row_bytes(block)
 
@@ -176,6 +194,16 @@ def _products_of_search(op: LinearOperator, arguments: Arguments) -> int:
         return min(math.ceil(FIRST_PRODUCTS + PRODUCTS_PER_PAIR * num), op.shape[0])
     options = {name: arguments[name] for name in ("which", "tol", "accuracy", "verify", "seed", "max_products")}
     return top_eigenvalues(coarse, num, coarse=False, **options).products
+
+
+def _num_products(arguments: Arguments, fewest: Mapping[str, int]) -> int:
+    """The products of a method with random probes, once it is known and has enough of them."""
+    method, n = arguments["method"], arguments["op"].shape[0]
+    check_method(method, fewest)
+    if method == "exact" or arguments["num_probes"] >= n:
+        return n
+    check_num_probes(arguments["num_probes"], fewest[method], method)
+    return arguments["num_probes"]
 
 
 def _probed(name: str, op: LinearOperator, products: int, held: float, cure: str) -> Plan:
@@ -210,7 +238,7 @@ def _plan(
     return Plan(
         algorithm=name,
         products=products,
-        most_products=products if most is None else most,
+        most_products=most,
         seconds=seconds,
         bytes=cost.peak(memory),
         available=available,

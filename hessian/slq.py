@@ -14,7 +14,8 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from .deflation import Complement, leading_subspace, products_for
+from ..kernels.batched_lanczos import check_basis_dtype
+from .deflation import Complement, check_deflation, leading_subspace, products_for
 from .density import SpectralDensity
 from .density_target import Target, density_within
 from .estimate import NotConvergedWarning
@@ -87,7 +88,8 @@ def spectral_density(
     Ghorbani, Krishnan and Xiao, An Investigation into Neural Net Optimization via Hessian Eigenvalue Density, 2019,
     for the smoothing.
     """
-    _check_counts(num_steps=num_steps, num_probes=num_probes, max_products=max_products)
+    check_sampling(op, num_steps=num_steps, num_probes=num_probes, deflate=deflate, basis_dtype=basis_dtype)
+    check_counts(max_products=max_products)
     began = time.perf_counter()
     with tqdm(desc="spectral density", unit="product", disable=not progress) as bar, plain_tensors(), op.fixed():
         if tol is None:
@@ -147,7 +149,7 @@ def spectral_densities(
         bar: To show products on; its total is set.
         basis_dtype: As for `spectral_density`.
     """
-    _check_counts(num_steps=num_steps, num_probes=num_probes)
+    check_counts(num_steps=num_steps, num_probes=num_probes)
     limit = exact_limit(num_steps, num_probes)
     large = [i for i, op in enumerate(ops) if op.shape[0] > limit]
     if num_steps == 1 and large:
@@ -175,7 +177,23 @@ def exact_limit(num_steps: int, num_probes: int) -> int:
     return max(num_steps, min(num_steps * num_probes, DENSE_LIMIT))
 
 
-def _check_counts(**counts: int | None) -> None:
+def check_sampling(
+    op: LinearOperator,
+    *,
+    num_steps: int | None,
+    num_probes: int | None,
+    deflate: int | None,
+    basis_dtype: torch.dtype | None,
+) -> None:
+    """An error for what no density can be made of, whichever way it is made."""
+    check_counts(num_steps=num_steps, num_probes=num_probes)
+    if deflate:
+        check_deflation(op, deflate)
+    if basis_dtype is not None:
+        check_basis_dtype(basis_dtype, op.dtype)
+
+
+def check_counts(**counts: int | None) -> None:
     for name, value in counts.items():
         if value is None:
             continue

@@ -116,7 +116,7 @@ def batched_lanczos(
     bounds = _checked_offsets(offsets)
     with torch.inference_mode(False), torch.no_grad():
         start = _signs(int(bounds[-1]), seed, dtype, device) if start is None else _checked_start(start, bounds)
-        _check_basis_dtype(basis_dtype, start.dtype)
+        check_basis_dtype(basis_dtype, start.dtype)
         state = State.empty(bounds, num_steps, start.dtype, start.device, basis_dtype)
         path = choose("lanczos", start.device) if state.recent is None else lanczos_rounded
         work = path.VectorWork(state)
@@ -216,7 +216,7 @@ def _check_dtype(name: str, dtype: torch.dtype) -> None:
         raise ValueError(f"`{name}` is {dtype}; Lanczos works in torch.float32 and torch.float64: convert it")
 
 
-def _check_basis_dtype(basis_dtype: torch.dtype | None, dtype: torch.dtype) -> None:
+def check_basis_dtype(basis_dtype: torch.dtype | None, dtype: torch.dtype) -> None:
     allowed = {torch.float32: (None, torch.float32, torch.float16), torch.float64: (None, torch.float64)}[dtype]
     if basis_dtype not in allowed:
         raise ValueError(

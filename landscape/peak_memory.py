@@ -29,8 +29,8 @@ class PeakMemory:
 def peak_bytes(run: Callable[[], object], device: torch.device) -> PeakMemory:
     """Runs `run` once and measures the memory that its tensors take.
 
-    On a GPU the allocator counts. On a CPU, where it does not, the storages of the results of all operations are
-    counted, so the temporaries inside a kernel are missed.
+    On a GPU the allocator counts, whose peak statistics start anew with it. On a CPU, where it does not, the storages
+    of the results of all operations are counted, so the temporaries inside a kernel are missed.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
