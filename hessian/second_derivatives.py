@@ -74,7 +74,8 @@ def _plain(args: tuple, kwargs: Mapping[str, Any]) -> bool:
 
     Inside `torch.func` transforms and forward differentiation none is.
     """
-    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+    level = torch._C._functorch.maybe_current_level()  # type: ignore[attr-defined]
+    if level is not None or forward_ad._current_level >= 0:
         return False
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     return (
