@@ -48,6 +48,8 @@ def plan_eigenvalues(arguments: Arguments) -> Plan:
     options = {name: arguments[name] for name in ("which", "max_products", "verify", "basis_size", "basis_dtype")}
     basis = basis_bytes(op, num, **options)
     rows = min(basis // _row_bytes(op), products)
+    if op.device.type == "cpu":  # where memory is taken as it is written to
+        basis = min(basis, (products + 2) * _row_bytes(op))
     return _plan(
         "top_eigenvalues",
         op,
