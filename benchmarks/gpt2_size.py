@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from sharpscope import Hessian, Objective, spectral_density, top_eigenvalues
 from sharpscope.dynamics.workloads.models import CharTransformer
-from sharpscope.kernels.accurate import combine, dot, norm, project
+from sharpscope.kernels.accurate import dot, norm, orthogonalise, project
 from torch import nn
 
 RESULTS = Path(__file__).parent / "results" / "gpt2_size.json"
@@ -132,8 +132,7 @@ def vectors():
     lists, parts = [pieces(row) for row in basis], pieces(w)
 
     def contiguous():
-        rest = w - combine(basis, project(basis, w, rough=True))
-        rest -= combine(basis, project(basis, rest))
+        orthogonalise(basis, w)
 
     def per_tensor():
         rest = [part.clone() for part in parts]
