@@ -25,7 +25,7 @@ lint: $(VENV)/installed-dev
 
 # One stamp per set of extras: a second call costs nothing until a file comes or goes. A strict editable install is a
 # real package folder: beside a checkout called `sharpscope`, the other kind would lose to that folder.
-SOURCES = api landscape hessian dynamics dynamics/optimizers dynamics/workloads kernels figures
+SOURCES = api landscape hessian dynamics dynamics/optimizers dynamics/studies dynamics/workloads kernels figures
 $(VENV)/installed-demo: EXTRAS = data
 $(VENV)/installed-test: EXTRAS = test
 $(VENV)/installed-dev: EXTRAS = dev

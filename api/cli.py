@@ -1,4 +1,4 @@
-"""The command line: `sharpscope train | analyze | plot | doctor | info`.
+"""The command line: `sharpscope train | analyze | plot | study | doctor | info`.
 
 Each command calls the function of the same name and shows what it returns. The imports stand inside the commands, so
 that help and mistakes in the options are answered at once.
@@ -67,7 +67,13 @@ def train_command(
         str | None,
         typer.Option("--workload", "-w", help="digits-mlp (default), digits-cnn, fashion-cnn or char-transformer."),
     ] = None,
-    optimizer: Annotated[str | None, typer.Option(help="Any optimizer of torch.optim by name; default SGD.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="Any optimizer of sharpscope or torch.optim by name; default SGD.")
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(help="Several optimizers, one run each, in one figure: SGD,Adam:lr=0.001,SAM:rho=0.1,lr=0.2"),
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate; default the workload's or optimizer's.")] = None,
     momentum: Annotated[float | None, typer.Option(help="Short for --option momentum=...")] = None,
     option: Annotated[
@@ -103,28 +109,19 @@ def train_command(
     options: dict[str, Any] = {}
     for text in option or []:
         options |= parse_settings(text)
-    result = train(
-        workload,
-        optimizer=optimizer,
-        lr=lr,
-        momentum=momentum,
-        optimizer_options=options or None,
-        batch_size=_batch_size(batch_size),
-        steps=steps,
-        every=every,
-        measure=measure,
-        seed=seed,
-        data=data,
-        num_examples=num_examples,
-        num_measured=num_measured,
-        checkpoint_every=checkpoint_every,
-        device=device,
-        threads=threads,
-        out=out,
-        resume=resume,
-        overwrite=overwrite,
-        progress=progress,
-    )
+    settings: dict[str, Any] = {
+        "workload": workload, "lr": lr, "momentum": momentum, "optimizer_options": options or None, "steps": steps,
+        "batch_size": _batch_size(batch_size), "every": every, "measure": measure, "seed": seed, "data": data,
+        "num_examples": num_examples, "num_measured": num_measured, "checkpoint_every": checkpoint_every,
+        "device": device, "threads": threads, "out": out, "resume": resume, "overwrite": overwrite,
+        "progress": progress,
+    }  # fmt: skip
+    if compare is not None:
+        if optimizer is not None:
+            raise ValueError(f"`--optimizer` is {optimizer!r} and `--compare` is {compare!r}; give one of them")
+        _compare(compare, {key: value for key, value in settings.items() if value is not None})
+        return
+    result = train(optimizer=optimizer, **settings)
     if resume and result.resumed_at is None:
         say(f"nothing to resume in {result.folder}: the run began at step 0")
     show(str(result.folder), ("", "start -> end"), result.summary())
@@ -132,6 +129,23 @@ def train_command(
         if names := drawable(trajectory):
             for path in plot(trajectory, result.folder / FIGURES, figures=names):
                 say(f"figure {path}")
+
+
+def _compare(optimizers: str, settings: dict[str, Any]) -> None:
+    from contextlib import ExitStack
+
+    from .dynamics.comparison import compare
+    from .figures.comparison import comparison
+    from .figures.style import save
+
+    found = compare(optimizers, **settings)
+    for label, result in found.results.items():
+        show(f"{label}: {result.folder}", ("", "start -> end"), result.summary())
+    path = found.folder / "comparison.png"
+    with ExitStack() as stack:
+        runs = {label: stack.enter_context(result.trajectory()) for label, result in found.results.items()}
+        save(comparison(runs), path)
+    say(f"figure {path}")
 
 
 @app.command("analyze")
@@ -208,6 +222,47 @@ def plot_command(
 
     for path in plot(trajectory, out, figures=figure, formats=format or ("png",)):
         say(f"figure {path}")
+
+
+@app.command("study")
+@command
+def study_command(
+    name: Annotated[str | None, typer.Argument(help="Which; without a name they are listed.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer seeds and steps: less than a minute.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="All of them, one after the other.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the result; default runs/studies/NAME.")] = None,
+) -> None:
+    """Put the claims of a paper to the test: what is claimed, what was measured here, whether it holds.
+
+    The exit code is 0 when the study ran whole, whatever it found. A study that was stopped goes on where it was.
+    """
+    from .dynamics.studies import STUDIES, study_named
+
+    if name is None and not every:
+        studies = [study_named(known) for known in STUDIES]
+        show("studies", ("name", "subject", "paper"), ((s.name, s.title, s.paper) for s in studies))
+        return
+    if name is not None and every:
+        raise ValueError(f"`name` is {name!r} and --all is given; give one of them")
+    for chosen in STUDIES if name is None else [name]:
+        _study(chosen, quick, out if name is not None or out is None else out / chosen)
+
+
+def _study(name: str, quick: bool, out: Path | None) -> None:
+    from .dynamics.studies.catalogue import default_study_folder, study
+    from .figures.study import study_figure
+    from .figures.style import save
+
+    folder = default_study_folder(name, quick=quick) if out is None else out
+    result = study(name, quick=quick, out=folder, say=lambda part: say(f"... {part}"))
+    columns = ("claim", "source", "expected", "measured", "verdict", "note")
+    rows = ((c.statement, c.source, c.expected, c.measured, c.verdict, c.note) for c in result.claims)
+    show(f"{result.title} ({result.paper})", columns, rows)
+    say(result.setting)
+    if result.panels:
+        save(study_figure(result), folder / "study.png")
+    judged = [claim.holds for claim in result.claims if claim.holds is not None]
+    say(f"{sum(judged)} of {len(judged)} claims hold; {result.seconds:.0f} s; {folder}")
 
 
 @app.command("doctor")

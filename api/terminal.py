@@ -17,7 +17,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 # Mistakes of the caller and limits of the machine; anything else is a bug and keeps its traceback.
 EXPECTED = (ValueError, TypeError, OSError, ImportError)
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
-COLORS = {"ok": "green", "fail": "bold red", "note": "yellow", "skipped": "dim"}
+COLORS = {
+    "ok": "green",
+    "fail": "bold red",
+    "note": "yellow",
+    "skipped": "dim",
+    "holds": "green",
+    "does not hold": "bold red",
+    "reported": "dim",
+}
 WIDTH = 160  # of a table that goes into a file or a pipe
 _debug = False
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..kernels.accurate import dot, norm
-from .optimizers.thresholds import stability_threshold_of
+from .optimizers.thresholds import sharpness_threshold_of
 from .point import Point
 from .row import Row
 
@@ -74,7 +74,8 @@ class UpdateCurvature:
 class StabilityThreshold:
     """The sharpness at which the optimizer's next step becomes unstable, e.g. 2/η; see `stability_threshold_of`.
 
-    No row, and one warning, where there is no single threshold: for adaptive optimizers it lies in their own geometry.
+    No row, and one warning, where there is no single threshold of the sharpness: for adaptive optimizers it lies in
+    their own geometry; see `ThresholdRatio`.
     """
 
     every: int | None = None
@@ -82,13 +83,14 @@ class StabilityThreshold:
     name: str = "stability_threshold"
 
     def measure(self, point: Point) -> Iterator[Row]:
-        threshold = None if point.optimizer is None else stability_threshold_of(point.optimizer)
+        threshold = None if point.optimizer is None else sharpness_threshold_of(point.optimizer)
         if threshold is not None:
             yield Row(self.name, threshold, error=0.0)
         elif point.optimizer is not None:
             warnings.warn(
                 f"no single stability threshold of the sharpness is known for {type(point.optimizer).__name__} with "
-                "these settings (it is for SGD with equal groups); measurement 'stability_threshold' records nothing",
+                "these settings (it is for SGD with equal groups); measurement 'stability_threshold' records nothing; "
+                "'threshold_ratio' may",
                 stacklevel=2,
             )
 

@@ -9,8 +9,28 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..landscape.selection import near_names
-from . import measurements, spectra_measurements
+from . import (
+    beta_condition,
+    measurements,
+    optimizer_measurements,
+    preconditioned_measurements,
+    sam_sharpness,
+    second_moment_snr,
+    spectra_measurements,
+)
 from .point import Measurement
+
+# Between the words of a class's name: before a capital after a small letter, before the last one of an acronym.
+_BORDER = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
+MODULES = (
+    measurements,
+    spectra_measurements,
+    preconditioned_measurements,
+    optimizer_measurements,
+    sam_sharpness,
+    second_moment_snr,
+    beta_condition,
+)
 
 
 def parse_settings(text: str) -> dict[str, Any]:
@@ -75,12 +95,12 @@ def chosen_measurements(specs: Sequence[str]) -> list[Measurement]:
 
 def _classes() -> dict[str, Any]:
     found = {}
-    for module in (measurements, spectra_measurements):
+    for module in MODULES:
         for value in vars(module).values():
             if (
                 inspect.isclass(value)
                 and value.__module__ == module.__name__
                 and callable(getattr(value, "measure", None))
             ):
-                found[re.sub(r"(?<!^)(?=[A-Z])", "_", value.__name__).lower()] = value
+                found[re.sub(_BORDER, "_", value.__name__).lower()] = value
     return found

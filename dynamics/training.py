@@ -171,18 +171,13 @@ class _Run:
         rows = monitor.step()
         self.job.model.train()
         batch = self.job.train.chosen(self.order.at(step))
-        loss = self._gradient(batch)
-        value = float(loss.detach())
+        value = self._descend(batch)
         if not math.isfinite(value):
             raise TrainingDiverged(
                 f"the training loss is {value} at step {step}: {self.options.optimizer} with "
                 f"{self.options.optimizer_options} diverged; choose a smaller lr. "
                 f"What was measured is in {self.folder.path}"
             )
-        if needs_closure(self.optimizer):
-            self.optimizer.step(lambda: float(self._gradient(batch).detach()))
-        else:
-            self.optimizer.step()
         shown = {"loss": f"{value:.3g}"}
         for row in rows:
             if row.quantity == "sharpness" and row.index == 0:
@@ -191,6 +186,15 @@ class _Run:
             shown["sharpness"] = known
         bar.set_postfix(shown, refresh=False)
         bar.update()
+
+    def _descend(self, batch: Examples) -> float:
+        """One step of the optimizer; the loss before it."""
+        if needs_closure(self.optimizer):
+            return float(self.optimizer.step(lambda: self._gradient(batch)))  # type: ignore[arg-type]
+        value = float(self._gradient(batch).detach())
+        if math.isfinite(value):
+            self.optimizer.step()
+        return value
 
     def _gradient(self, batch: Examples) -> Tensor:
         self.optimizer.zero_grad()

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from .optimizers.choice import optimizer_class
+from .optimizers.choice import descends_like, has_threshold, optimizer_class
 from .settings import chosen_measurements
-from .workloads.catalogue import defaults_of
+from .workloads.catalogue import Defaults, defaults_of
 from .workloads.text import NAMED_TEXTS
 
 NUM_CHECKPOINTS = 20
@@ -52,11 +52,12 @@ class TrainingOptions:
         name = found.get("workload", "digits-mlp")
         defaults = defaults_of(name)
         optimizer = optimizer_class(found.get("optimizer", "SGD")).__name__
-        if "lr" not in options and not stored and optimizer in defaults.lr:
-            options["lr"] = defaults.lr[optimizer]
+        like = descends_like(optimizer, options)
+        if "lr" not in options and not stored and like in defaults.lr:
+            options["lr"] = defaults.lr[like]
         steps = _count(found.get("steps", defaults.steps), "steps")
         batch_size = found.get("batch_size", defaults.batch_size or FULL_BATCH)
-        measure = found.get("measure", defaults.measure)
+        measure = found.get("measure", _default_measure(defaults, optimizer, like))
         device = str(found.get("device", "cpu"))
         _check_device(device)
         resolved = cls(
@@ -87,6 +88,14 @@ class TrainingOptions:
         """Each option that differs, as "lr 0.2 -> 0.1"."""
         mine, others = self.to_json(), other.to_json()
         return [f"{key} {mine[key]!r} -> {others[key]!r}" for key in mine if mine[key] != others[key]]
+
+
+def _default_measure(defaults: Defaults, optimizer: str, like: str) -> tuple[str, ...]:
+    """The workload's; an optimizer with a geometry of its own has its threshold there."""
+    if like == "SGD":
+        return defaults.measure
+    felt = ("preconditioned_sharpness", "threshold_ratio") if has_threshold(optimizer) else ()
+    return tuple(name for name in defaults.measure if name != "stability_threshold") + felt
 
 
 def _count(value: Any, name: str, least: int = 1) -> int:

@@ -74,7 +74,7 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class Edge:
-    """Sharpness over stability threshold along a run: at its start, and over its last third."""
+    """Sharpness that the optimizer feels over its stability threshold: at a run's start, and over its last third."""
 
     start: float
     mean: float
@@ -83,13 +83,18 @@ class Edge:
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> Edge | None:
-        if not {"sharpness", "stability_threshold"} <= set(trajectory.quantities()):
+        known = set(trajectory.quantities())
+        if "threshold_ratio" in known:
+            felt = trajectory.series("threshold_ratio")
+            steps, ratio = felt.steps, felt.values
+        elif {"sharpness", "stability_threshold"} <= known:
+            sharpness, threshold = trajectory.series("sharpness"), trajectory.series("stability_threshold")
+            steps, i, j = np.intersect1d(sharpness.steps, threshold.steps, return_indices=True)
+            ratio = sharpness.values[i] / threshold.values[j]
+        else:
             return None
-        sharpness, threshold = trajectory.series("sharpness"), trajectory.series("stability_threshold")
-        steps, i, j = np.intersect1d(sharpness.steps, threshold.steps, return_indices=True)
         if not len(steps):
             return None
-        ratio = sharpness.values[i] / threshold.values[j]
         last = ratio[steps >= steps[-1] * 2 / 3]
         return cls(float(ratio[0]), float(last.mean()), float(last.min()), float(last.max()))
 

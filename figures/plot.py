@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from ..dynamics.trajectory import Trajectory
 from ..landscape.selection import near_names
 from .blocks import block_spectra_grid, js_heatmap
+from .comparison import stability
 from .spectrum import density, density_evolution
 from .style import save
 from .trajectory import sharpness_trajectory
@@ -29,6 +30,7 @@ class Figure(NamedTuple):
 
 FIGURES = {
     "sharpness": Figure(sharpness_trajectory, "sharpness"),
+    "stability": Figure(stability, "threshold_ratio"),
     "density": Figure(density, "density", 1),
     "density_evolution": Figure(density_evolution, "density", 2),
     "block_spectra": Figure(block_spectra_grid, "heterogeneity", 1),
@@ -48,8 +50,8 @@ def plot(
     Args:
         trajectory: Open, or its folder.
         out: A folder, default the trajectory's own; or one file whose ending is the format, for a single figure.
-        figures: Among "sharpness", "density", "density_evolution", "block_spectra" and "block_distances"; None
-            draws all that there is data for.
+        figures: Among "sharpness", "stability", "density", "density_evolution", "block_spectra" and
+            "block_distances"; None draws all that there is data for.
         formats: Among "png", "pdf" and "svg".
 
     Returns:

@@ -14,9 +14,9 @@ from .operator import (
     DiagonalOperator,
     IdentityOperator,
     LinearOperator,
-    PreconditionedOperator,
     RestrictedOperator,
 )
+from .preconditioned import DiagonalRoot, PreconditionedOperator, Root
 from .slq import SpectralDensity, spectral_density
 from .solve import NegativeCurvature, Solution, solve
 from .trace import trace
@@ -28,6 +28,7 @@ __all__ = [
     "DenseOperator",
     "DiagonalEstimate",
     "DiagonalOperator",
+    "DiagonalRoot",
     "EigenPairs",
     "Engine",
     "Estimate",
@@ -42,6 +43,7 @@ __all__ = [
     "NotTwiceDifferentiable",
     "PreconditionedOperator",
     "RestrictedOperator",
+    "Root",
     "Solution",
     "SpectralDensity",
     "block_spectra",

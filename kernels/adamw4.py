@@ -69,9 +69,16 @@ def adamw4_state(
         return Packed(codes, zeros, shape, name, torch.zeros(1, dtype=torch.int64, device=param.device))
 
     blocks = (-(-n // BLOCK),)
-    rank1 = scale == "rank1" and param.ndim > 1 and ENTRIES_PER_SCALE * (shape[0] + n // shape[0]) <= n
+    rank1 = scale_of_shape(shape, scale) == "rank1"
     m, v = moment(SIGNED_MAP, blocks), moment(map, (shape[0], n // shape[0]) if rank1 else blocks)
     return AdamW4State(m, v, torch.zeros(1, dtype=torch.int64, device=param.device), id)
+
+
+def scale_of_shape(shape: torch.Size, scale: Scale) -> Scale:
+    """The kind of scales that `adamw4_state` gives a second moment of this shape where `scale` is asked for."""
+    n = shape.numel()
+    pays = len(shape) > 1 and n > 0 and ENTRIES_PER_SCALE * (shape[0] + n // shape[0]) <= n
+    return "rank1" if scale == "rank1" and pays else "block128"
 
 
 def adamw4_step(

@@ -6,6 +6,8 @@ from .layout import Layout
 from .objective import Objective
 from .per_example import per_example_statistics
 from .per_example_statistics import NoiseScale, PerExampleStatistics
+from .sharpness import average_sharpness, sam_sharpness
+from .structure import structure
 
 __all__ = [
     "Block",
@@ -15,6 +17,9 @@ __all__ = [
     "Objective",
     "Partition",
     "PerExampleStatistics",
+    "average_sharpness",
     "partition",
     "per_example_statistics",
+    "sam_sharpness",
+    "structure",
 ]

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .divisions import adam_mini_divisions, division_blocks
 from .heads import head_parts
 from .index import Index, Part, assign, checked_part, checked_size, flat_positions, select
 from .layout import Layout
 from .projections import ParameterNames, neuron_parts
 from .selection import near_names, selected_parameters, unwrapped
 
-KINDS = ("parameter", "layer", "head", "neuron")
+KINDS = ("parameter", "layer", "head", "neuron", "adam-mini")
 # Name of the block of the model's own tensors, those that belong to no sub-module.
 ROOT = "(root)"
 
@@ -215,6 +216,10 @@ def partition(
     "neuron"     `fc1.neuron7`; `attn.q.neuron7` inside         an output of a linear layer or convolution: its
                  torch's MultiheadAttention                     weights with its bias. Embeddings, also tied ones,
                                                                 and other tensors: as "parameter"
+    "adam-mini"  `fc1.weight.block7`; the parameter's own name  one tensor, or a part of one: a head of a query or key,
+                 where it is one block                          an output of another linear layer, a token of an
+                                                                embedding, an entry of a bias; see
+                                                                `adam_mini_divisions`
     ===========  =============================================  =====================================================
 
     Tied parameters appear once, under the name that `named_parameters` gives them. Frozen ones do not appear.
@@ -225,20 +230,23 @@ def partition(
             one block (`"h.*.attn"`, `"*.weight"`; `*` also matches dots); a mapping from block names to names or
             globs of parameters and modules, whose union is the block; or a sequence of `Block`. Only kinds cover
             everything: see `Partition.coverage`.
-        head_count: For "head": number of query heads, where the model does not say it; by glob of attention modules
-            if they differ. 1 gives whole q, k, v, o.
+        head_count: For "head" and "adam-mini": number of query heads, where the model does not say it; by glob of
+            attention modules if they differ. 1 gives whole q, k, v, o.
         overlap: Accept blocks that share coordinates.
     """
     layout, parameters, tree = read(model)
     names = None if tree is None else ParameterNames(tree, parameters)
-    if head_count is not None and blocks != "head":
-        raise ValueError(f"`head_count` is {head_count!r} but `blocks` is not 'head'; leave it out")
-    if isinstance(blocks, str) and blocks in ("head", "neuron"):
+    if head_count is not None and blocks not in ("head", "adam-mini"):
+        raise ValueError(f"`head_count` is {head_count!r} but `blocks` is not 'head' or 'adam-mini'; leave it out")
+    if isinstance(blocks, str) and blocks in ("head", "neuron", "adam-mini"):
         if tree is None or names is None:
             raise ValueError(
                 f"`blocks` is {blocks!r} but there is no module to look into; use 'parameter' or a mapping"
             )
-        found = head_parts(tree, names, head_count) if blocks == "head" else neuron_parts(tree, names)
+        if blocks == "adam-mini":
+            found = division_blocks(adam_mini_divisions(tree, head_count=head_count), layout.names)
+        else:
+            found = head_parts(tree, names, head_count) if blocks == "head" else neuron_parts(tree, names)
         return with_rest(found, layout)
     if isinstance(blocks, str) and blocks == "parameter":
         return Partition([Block(name, ((name, None),)) for name in layout.names], layout)

@@ -94,3 +94,14 @@ def test_constraints_pin_what_pyproject_asks_for():
     pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     asked = {req.split(">")[0].split("[")[0] for req in PROJECT["project"]["dependencies"]}
     assert asked <= pinned
+
+
+def test_optimizers_are_listed_once_and_loaded_when_asked_for():
+    import sharpscope.dynamics.optimizers as optimizers
+
+    assert set(optimizers.__all__) == set(optimizers._MODULES)
+    for name in optimizers.__all__:
+        assert getattr(optimizers, name).__name__ == name
+    code = "import sys, sharpscope; print('sharpscope.dynamics.optimizers.psgd' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
+    assert result.stdout.strip() == "False"

@@ -7,10 +7,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...landscape.selection import near_names
+from .combined import CombinedOptimizer
+
+# What an optimizer is given by `make_optimizer` itself.
+GIVEN = ("self", "params", "params_or_base", "model", "objective")
+# Stochastic gradient descent with something added: they take its learning rate.
+LIKE_SGD = ("LangevinSGD", "HeavyTailedSGD", "AcceleratedSGD")
+DEFAULT_BASE = "SGD"
+# Their steps keep their length, or search for it.
+WITHOUT_THRESHOLD = ("SignSGD", "Lion", "SignMomentum2", "SignRound", "Muon", "Rprop", "LBFGS")
 
 
 def optimizer_names() -> list[str]:
@@ -36,72 +45,110 @@ def optimizer_class(name: str) -> type[Optimizer]:
     return known[lower[name.lower()]]
 
 
-def make_optimizer(name: str, model: nn.Module, options: Mapping[str, Any]) -> Optimizer | CombinedOptimizer:
-    """The optimizer on all parameters of the model.
+def option_names(name: str, options: Mapping[str, Any] | None = None) -> list[str]:
+    """The options that `make_optimizer` takes for a name; those of a wrapper include those of its base."""
+    return _option_names(optimizer_class(name), options or {})
 
-    Muon, which takes matrices only, is combined with AdamW in its default settings on everything else, as in its
-    paper.
 
-    Args:
-        name: As in torch.optim, e.g. "SGD".
-        options: Its keyword arguments, such as lr.
-    """
-    chosen = optimizer_class(name)
-    known = _option_names(chosen)
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option that the optimizer does not take."""
+    known = option_names(name, options)
     for option in options:
         if option not in known:
             raise ValueError(
-                f"`optimizer_options` has {option!r}, which {chosen.__name__} does not take "
+                f"`optimizer_options` has {option!r}, which {optimizer_class(name).__name__} does not take "
                 f"(near: {near_names(option, known)}); it takes {', '.join(known)}"
             )
-    parameters = [p for p in model.parameters() if p.requires_grad]
+
+
+def descends_like(name: str, options: Mapping[str, Any]) -> str:
+    """The optimizer whose learning rate suits this one: a wrapper's base, SGD for its variants, else itself."""
+    chosen = optimizer_class(name)
+    if _wraps(chosen):
+        return optimizer_class(str(options.get("base", DEFAULT_BASE))).__name__
+    return "SGD" if chosen.__name__ in LIKE_SGD else chosen.__name__
+
+
+def has_threshold(name: str) -> bool:
+    """Whether there is a curvature at which the optimizer's steps become unstable."""
+    return optimizer_class(name).__name__ not in WITHOUT_THRESHOLD
+
+
+def make_optimizer(name: str, model: nn.Module, options: Mapping[str, Any]) -> Optimizer | CombinedOptimizer:
+    """The optimizer on all parameters of the model.
+
+    One that reads the structure of the model gets the model. Muon, which takes matrices only, is combined with AdamW in
+    its default settings on everything else, as in its paper.
+
+    Args:
+        name: As in torch.optim or in this package, e.g. "SGD".
+        options: Its keyword arguments, such as lr. An optimizer round another one, such as SAM, also takes `base`, the
+            other's name (default "SGD"), and the other's options.
+    """
+    chosen = optimizer_class(name)
+    check_options(name, options)
+    options = with_defaults(name, options)
     try:
+        if _wraps(chosen):
+            return _wrapped(chosen, model, options)
+        parameters = [p for p in model.parameters() if p.requires_grad]
         if chosen is torch.optim.Muon:
-            matrices = [p for p in parameters if p.ndim == 2]
-            others = [p for p in parameters if p.ndim != 2]
-            muon = chosen(matrices, **options)
-            return CombinedOptimizer([muon, torch.optim.AdamW(others)]) if others else muon
+            return _muon(parameters, options)
+        if "model" in inspect.signature(chosen.__init__).parameters:
+            options = {**options, "model": model}
         return chosen(parameters, **options)  # type: ignore[call-arg]
     except (TypeError, ValueError, IndexError, AssertionError) as error:
         raise ValueError(f"{chosen.__name__} refuses `optimizer_options` {dict(options)}: {error}") from error
 
 
+def with_defaults(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, and values for those that the class leaves to its user: little noise; a long step γ of five short
+    ones with β = δ / (15 γ), the published rule at five large eigenvalues."""
+    chosen = optimizer_class(name).__name__
+    if chosen == "LangevinSGD":
+        return {"temperature": 1e-6, **options}
+    if chosen == "HeavyTailedSGD":
+        return {"alpha": 1.8, "sigma": 1e-4, **options}
+    if chosen == "AcceleratedSGD":
+        lr = float(options.get("lr", 0.01))
+        gamma = float(options.get("gamma", 5 * lr))
+        return {"lr": lr, "gamma": gamma, "beta": lr / (15 * gamma) if gamma else 0.0, **options}
+    return dict(options)
+
+
 def needs_closure(optimizer: Optimizer | CombinedOptimizer) -> bool:
-    """Whether `step` evaluates the loss itself, as a line search does, and must be handed a closure."""
+    """Whether `step` evaluates the loss itself, as a line search does, and must be handed a closure.
+
+    An optimizer says so by an attribute `needs_closure`, or by a `closure` without a default.
+    """
+    said = getattr(optimizer, "needs_closure", None)
+    if said is not None:
+        return bool(said)
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
-class CombinedOptimizer:
-    """Several optimizers on disjoint parameters, used as one."""
+def _wrapped(chosen: Callable[..., Optimizer], model: nn.Module, options: Mapping[str, Any]) -> Optimizer:
+    own = inspect.signature(chosen).parameters
+    base = make_optimizer(
+        str(options.get("base", DEFAULT_BASE)), model, {key: v for key, v in options.items() if key not in own}
+    )
+    if not isinstance(base, Optimizer):
+        raise ValueError(
+            "`base` is 'Muon', which is combined with AdamW here and cannot be wrapped; choose another one"
+        )
+    given = {key: value for key, value in options.items() if key in own and key != "base"}
+    return chosen(base, **given, **({"model": model} if "model" in own else {}))
 
-    def __init__(self, optimizers: list[Optimizer]) -> None:
-        self.optimizers = optimizers
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+def _muon(parameters: list[Tensor], options: Mapping[str, Any]) -> Optimizer | CombinedOptimizer:
+    muon = torch.optim.Muon([p for p in parameters if p.ndim == 2], **options)
+    others = [p for p in parameters if p.ndim != 2]
+    return CombinedOptimizer([muon, torch.optim.AdamW(others)]) if others else muon
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step of each; `closure` is evaluated once, before them."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for optimizer in self.optimizers:
-            optimizer.step()
-        return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {str(i): optimizer.state_dict() for i, optimizer in enumerate(self.optimizers)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for i, optimizer in enumerate(self.optimizers):
-            optimizer.load_state_dict(state[str(i)])
+def _wraps(chosen: type[Optimizer]) -> bool:
+    return "base" in inspect.signature(chosen.__init__).parameters
 
 
 def _known() -> dict[str, type[Optimizer]]:
@@ -117,5 +164,9 @@ def _known() -> dict[str, type[Optimizer]]:
     return found
 
 
-def _option_names(chosen: type[Optimizer]) -> list[str]:
-    return [name for name in inspect.signature(chosen.__init__).parameters if name not in ("self", "params")]
+def _option_names(chosen: type[Optimizer], options: Mapping[str, Any]) -> list[str]:
+    names = [name for name in inspect.signature(chosen.__init__).parameters if name not in GIVEN]
+    if _wraps(chosen):
+        base = optimizer_class(str(options.get("base", DEFAULT_BASE)))
+        names += [name for name in _option_names(base, {}) if name not in names]
+    return names

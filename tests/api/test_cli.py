@@ -263,3 +263,40 @@ def test_as_a_module_from_any_folder(tmp_path):
     assert bad.returncode == 1
     assert bad.stderr.startswith("error: ")
     assert "Traceback" not in bad.stderr
+
+
+def test_train_compares_optimizers_in_one_figure(tmp_path):
+    code, output, errors = call("train", "--compare", "SGD,Adam:lr=0.01", "--out", tmp_path / "both", *SHORT)
+    assert code == 0, errors
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {"SGD", "Adam_lr=0.01", "comparison.png"}
+    assert "Adam lr=0.01" in output
+    code, _, errors = call("train", "--compare", "SGD,Adam", "--optimizer", "SGD", "--out", tmp_path / "x", *SHORT)
+    assert (code, "give one of them" in errors) == (1, True)
+
+
+def test_study_lists_runs_and_refuses(tmp_path, monkeypatch):
+    from sharpscope.dynamics.studies import Claim, Line, Panel, catalogue
+    from sharpscope.dynamics.studies.study import Study
+
+    def investigate(laboratory):
+        value = laboratory.part("six", lambda x: 2 * x, x=3)
+        claims = [
+            Claim("twice three is six", "Euclid", "6", str(value), value == 6),
+            Claim("twice three is seven", "a mistake", "7", str(value), value == 7, "it is not"),
+        ]
+        return claims, [Panel("doubling", "x", "2 x", [Line("", [0, 1], [0, 2])])]
+
+    study = Study("doubling", "Doubling", "Euclid, Elements", "One number", investigate)
+    monkeypatch.setattr(catalogue, "study_named", lambda name: study)
+    code, output, errors = call("study", "sign-methods", "--out", tmp_path / "found")
+    assert code == 0, errors
+    for part in ("twice three is six", "does not hold", "it is not", "1 of 2 claims hold", "... six"):
+        assert part in output
+    assert {path.name for path in (tmp_path / "found").iterdir()} == {"parts", "study.json", "study.md", "study.png"}
+    again, output, _ = call("study", "sign-methods", "--out", tmp_path / "found")
+    assert (again, "... six" in output) == (0, False)  # kept
+
+
+def test_study_names_are_checked():
+    code, _, errors = call("study", "adam-mimi")
+    assert (code, "'adam-mini'" in errors) == (1, True)

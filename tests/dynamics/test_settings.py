@@ -28,6 +28,8 @@ def test_every_measurement_has_a_name():
     expected = {
         "loss", "gradient_norm", "gradient_curvature", "update_curvature", "stability_threshold",
         "sharpness", "bottom_eigenvalue", "trace", "density", "block_spectra",
+        "preconditioned_sharpness", "threshold_ratio", "effective_sharpness", "optimizer_state_bytes", "codec_error",
+        "sam_sharpness", "average_sharpness", "sam_edge", "second_moment_snr", "beta_condition",
     }  # fmt: skip
     assert set(measurement_names()) == expected
     for name in expected:

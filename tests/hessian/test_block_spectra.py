@@ -11,7 +11,8 @@ from sharpscope.hessian.block_spectra import block_spectra
 from sharpscope.hessian.curvature import Hessian
 from sharpscope.hessian.deflation import EndPairs, leading_subspace, products_for
 from sharpscope.hessian.eigs import NotConvergedWarning
-from sharpscope.hessian.operator import DenseOperator, LinearOperator, PreconditionedOperator
+from sharpscope.hessian.operator import DenseOperator, LinearOperator
+from sharpscope.hessian.preconditioned import PreconditionedOperator
 from sharpscope.hessian.slq import spectral_density
 from sharpscope.landscape.blocks import Block, partition
 from sharpscope.landscape.layout import Layout

@@ -4,12 +4,12 @@ import inspect
 import pytest
 import torch
 from sharpscope.dynamics.optimizers.choice import (
-    CombinedOptimizer,
     make_optimizer,
     needs_closure,
     optimizer_class,
     optimizer_names,
 )
+from sharpscope.dynamics.optimizers.combined import CombinedOptimizer
 from torch import nn
 
 TORCH = sorted(

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from sharpscope.dynamics.optimizers.thresholds import stability_threshold_of
+from sharpscope.dynamics.optimizers.combined import CombinedOptimizer
+from sharpscope.dynamics.optimizers.thresholds import sharpness_threshold_of, stability_threshold_of
 
 SGD = torch.optim.SGD
 
@@ -92,6 +93,27 @@ def test_other_rules_answer_for_themselves_or_not_at_all():
         def stability_threshold(self):
             return 7.0
 
-    assert stability_threshold_of(torch.optim.AdamW([x], lr=0.1)) is None
     assert stability_threshold_of(Halved([x], lr=0.1)) is None
     assert stability_threshold_of(Told([x], lr=0.1)) == 7.0
+    assert sharpness_threshold_of(Told([x], lr=0.1)) == 7.0
+
+
+def test_adaptive_rules_have_theirs_in_their_own_geometry():
+    x = torch.ones(1, requires_grad=True)
+    adamw = torch.optim.AdamW([x], lr=0.1, weight_decay=0.0)
+    assert stability_threshold_of(adamw) == pytest.approx(380.0)
+    assert sharpness_threshold_of(adamw) is None
+    decayed = torch.optim.AdamW([x], lr=0.1, weight_decay=5.0)
+    assert stability_threshold_of(decayed) == pytest.approx(380.0 * 0.75)
+    assert stability_threshold_of(torch.optim.RMSprop([x], lr=0.1, momentum=0.5)) == pytest.approx(30.0)
+    assert stability_threshold_of(torch.optim.Rprop([x])) is None
+    assert stability_threshold_of(torch.optim.LBFGS([x])) is None
+
+
+def test_combined_rules_must_agree():
+    x, y = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    pair = CombinedOptimizer([SGD([x], lr=0.1), torch.optim.RMSprop([y], lr=0.1)])
+    assert stability_threshold_of(pair) == 20.0
+    assert sharpness_threshold_of(pair) is None
+    pair.optimizers[1].param_groups[0]["lr"] = 0.2
+    assert stability_threshold_of(pair) is None

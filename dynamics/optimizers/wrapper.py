@@ -1,0 +1,82 @@
+"""Optimizers made of another one: they change the gradient or the weights around its step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ...hessian.preconditioned import Root
+from .base import BaseOptimizer, Group, tensor_bytes
+
+
+class Wrapper(BaseOptimizer):
+    """Parameter groups are those of `base`, the very same dictionaries: schedulers may be given either.
+
+    `state` holds what the wrapper itself keeps; `state_dict()` has that of `base` under "base".
+    """
+
+    def __init__(self, base: Optimizer, options: Mapping[str, Any]) -> None:
+        if not isinstance(base, Optimizer):
+            raise TypeError(
+                f"`base` is a {type(base).__name__}; give an optimizer that is already made, such as "
+                "torch.optim.SGD(model.parameters(), lr=0.1)"
+            )
+        self.base = base
+        self.options = dict(options)
+        super().__init__(base.param_groups, {**base.defaults, **options})
+        base.param_groups = self.param_groups
+
+    def update(self, group: Group) -> None:
+        raise NotImplementedError("a wrapper steps as a whole")
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds parameters to this and to `base`."""
+        if self.base.param_groups is not self.param_groups:  # while being made: the groups are those of base already
+            super().add_param_group(param_group)
+            return
+        own = {key: param_group.pop(key) for key in self.options if key in param_group}
+        self.base.add_param_group(param_group)
+        group = self.param_groups[-1]
+        group.update({**self.options, **own})
+        try:
+            self.check_group(group)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none)
+
+    def preconditioner(self, p: Tensor, gradient: Tensor | None = None) -> Tensor | Root:
+        from .adapters import adapted
+
+        return adapted(self.base).preconditioner(p, gradient)
+
+    def threshold_of_group(self, group: Group) -> float | None:
+        from .adapters import adapted
+
+        return adapted(self.base).threshold_of_group(group)
+
+    def coupled_weight_decay(self, group: Group) -> float:
+        from .adapters import adapted
+
+        return adapted(self.base).coupled_weight_decay(group)
+
+    def state_bytes(self) -> int:
+        """Of this and of `base`."""
+        return tensor_bytes([list(self.state.values()), list(self.base.state.values())])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "base": self.base.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        state = dict(state_dict)
+        base = state.pop("base", None)
+        if base is None:
+            raise ValueError(f"`state_dict` has no 'base'; pass what {type(self).__name__}.state_dict() returned")
+        super().load_state_dict(state)
+        self.base.load_state_dict(base)
+        self.param_groups = self.base.param_groups

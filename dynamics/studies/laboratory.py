@@ -1,0 +1,57 @@
+"""Where a study works: its parts are kept as they finish, so that a killed study goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from ..atomic_files import write_atomically
+
+
+class Laboratory:
+    """Runs the parts of one study and keeps what each returned.
+
+    Args:
+        folder: Of the study's results; None keeps nothing.
+        quick: Whether the study should be short: fewer seeds and steps, the same code.
+        say: Called with a line for every part that starts.
+    """
+
+    def __init__(self, folder: Path | None = None, *, quick: bool = False, say: Callable[[str], None] | None = None):
+        self.folder = folder
+        self.quick = quick
+        self.seconds = 0.0
+        self._say = say or (lambda text: None)
+
+    def part(self, name: str, compute: Callable[..., Any], **settings: Any) -> Any:
+        """`compute(**settings)`, or what an earlier process kept of it under the same name, settings and source code.
+
+        Args:
+            name: Short, unique within the study.
+            compute: Returns numbers, strings, lists and dictionaries of them, which JSON keeps.
+            settings: Likewise; decide the result together with the code of `compute`.
+        """
+        key = json.dumps([inspect.getsource(compute), settings], sort_keys=True)
+        path = None if self.folder is None else self.folder / "parts" / f"{name}.json"
+        mark = hashlib.sha256(key.encode()).hexdigest()
+        if path is not None and path.is_file():
+            kept = json.loads(path.read_text())
+            if kept["mark"] == mark:
+                self.seconds += kept["seconds"]
+                return kept["value"]
+        self._say(name)
+        start = perf_counter()
+        # Through JSON also at the first time, so that a resumed study sees the same types.
+        value = json.loads(json.dumps(compute(**settings)))
+        seconds = perf_counter() - start
+        self.seconds += seconds
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = {"mark": mark, "seconds": seconds, "settings": settings, "value": value}
+            write_atomically(path, json.dumps(content).encode())
+        return value

@@ -1,0 +1,103 @@
+"""What a study ends with: claims, each with its source and what was measured, and curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One statement put to the test.
+
+    Attributes:
+        statement: What is claimed, in words.
+        source: Who claims it: paper with section, table or theorem; "derived here" for what follows from its equations.
+        expected: The rule, with its tolerance, e.g. "<= 0.3 nats".
+        measured: The number or numbers found, with their error where randomness matters.
+        holds: Whether `measured` obeys `expected`; None for a number that is reported without a claim.
+        note: Why it does not hold, or what must be known to read it.
+    """
+
+    statement: str
+    source: str
+    expected: str
+    measured: str
+    holds: bool | None
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        return {True: "holds", False: "does not hold", None: "reported"}[self.holds]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve y(x) with an optional half-width of its band."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    error: Sequence[float] | None = None
+    marker: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes. `levels` are named horizontal lines."""
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: Sequence[Line]
+    x_log: bool = False
+    y_log: bool = False
+    levels: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """Everything a study found.
+
+    Attributes:
+        name, title, paper: Of the study.
+        setting: Model, data, seeds and steps in a sentence; the caption of the figure.
+        claims: In the order of the study.
+        panels: Of its figure.
+        quick: Whether it was the short version.
+        seconds: Measured time of all parts, those of earlier processes too.
+    """
+
+    name: str
+    title: str
+    paper: str
+    setting: str
+    claims: Sequence[Claim]
+    panels: Sequence[Panel]
+    quick: bool
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> StudyResult:
+        panels = [Panel(**{**p, "lines": [Line(**line) for line in p["lines"]]}) for p in content["panels"]]
+        claims = [Claim(**claim) for claim in content["claims"]]
+        return cls(**{**content, "claims": claims, "panels": panels})
+
+    def markdown(self) -> str:
+        """The claims as a Markdown table under a heading."""
+        rows = [
+            (c.statement, c.source, c.expected, c.measured, c.verdict + (f": {c.note}" if c.note else ""))
+            for c in self.claims
+        ]
+        head = ("claim", "source", "expected", "measured", "verdict")
+        lines = [f"## {self.title}", "", f"{self.paper}", "", f"{self.setting}", ""]
+        lines += [_row(head), _row(["---"] * len(head)), *(_row(row) for row in rows)]
+        return "\n".join(lines) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
