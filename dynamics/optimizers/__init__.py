@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .sgd_sai import SGDSaI
     from .sign import SignSGD
     from .sign_momentum2 import SignMomentum2
-    from .sign_round import SignRound
+    from .sign_rounding import SignRound
     from .slim_adam import SlimAdam
     from .switch import SwitchSchedule
     from .thresholds import sharpness_threshold_of, stability_threshold_of
@@ -58,7 +58,7 @@ _MODULES = {
     "SAM": "sam",
     "SGDSaI": "sgd_sai",
     "SignMomentum2": "sign_momentum2",
-    "SignRound": "sign_round",
+    "SignRound": "sign_rounding",
     "SignSGD": "sign",
     "SlimAdam": "slim_adam",
     "SwitchSchedule": "switch",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .option_checks import check_choice
 from .packed_codes import QuantizedWeight
-from .sign_round import SignRound, check_whole
+from .sign_rounding import SignRound, check_whole
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LEARNED = ("offset", "min_scale", "max_scale")

@@ -17,7 +17,7 @@ from ...hessian.eigs import top_eigenvalues
 from ...landscape.objective import Objective
 from ..data_order import DataOrder
 from ..optimizers.block_rounding import layer_weights, sign_round
-from ..optimizers.sign_round import SignRound
+from ..optimizers.sign_rounding import SignRound
 from ..optimizers.weight_grid import WeightGrid
 from ..workloads.digits import digits
 from ..workloads.models import digits_mlp

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sharpscope.dynamics.optimizers.packed_codes import pack_codes, unpack_codes
-from sharpscope.dynamics.optimizers.sign_round import SignRound
+from sharpscope.dynamics.optimizers.sign_rounding import SignRound
 
 
 @settings(deadline=None, max_examples=60)

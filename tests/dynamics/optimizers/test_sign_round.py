@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from sharpscope.dynamics.optimizers.sign_round import SignRound
+from sharpscope.dynamics.optimizers.sign_rounding import SignRound
 from sharpscope.dynamics.optimizers.weight_grid import WeightGrid
 
 

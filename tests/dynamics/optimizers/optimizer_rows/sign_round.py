@@ -1,6 +1,6 @@
 """SignRound in the checks of torch's conventions."""
 
-from sharpscope.dynamics.optimizers.sign_round import SignRound
+from sharpscope.dynamics.optimizers.sign_rounding import SignRound
 
 from .row import OptimizerRow
 
