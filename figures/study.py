@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from .style import BAND_ALPHA, COLORS, DASHES, GREY, HOUSE, MARKERS, dress, end_
 
 COLUMNS = 2
 PANEL_SIZE = (3.6, 2.7)  # inches
+CHARACTERS = 62  # of the caption, under one panel
 
 
 def study_figure(result: StudyResult) -> Axes:
@@ -42,7 +44,7 @@ def study_figure(result: StudyResult) -> Axes:
         for ax in flat[len(result.panels) :]:
             ax.set_axis_off()
         figure.suptitle(result.title, fontsize=10)
-        figure.supxlabel(result.setting, fontsize=7, color=GREY, wrap=True)
+        figure.supxlabel(textwrap.fill(result.setting, CHARACTERS * columns), fontsize=7, color=GREY)
     return flat[0]
 
 

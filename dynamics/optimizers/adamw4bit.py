@@ -28,6 +28,7 @@ from .moment_codecs import (
 )
 from .option_checks import check_betas, check_choice, check_number
 from .recurrences import average_threshold
+from .streams import tensor_numbers
 
 SECOND_MOMENTS = ("rank1", "block", "factor")
 MOMENTS = ("m", "v")
@@ -151,7 +152,7 @@ class AdamW4bit(BaseOptimizer):
     def _update(self, group: Group) -> None:
         # One call of the kernel for all tensors of a device that are at the same step.
         fused: defaultdict[tuple[torch.device, int], Batch] = defaultdict(Batch)
-        ids = self._ids()
+        ids = tensor_numbers(self)
         for p, g in gradients(group):
             t = counted(self.state[p])
             if self._is_fused(p, group):
@@ -210,7 +211,7 @@ class AdamW4bit(BaseOptimizer):
 
     def encoded(self, p: Tensor, m: Tensor, v: Tensor) -> tuple[Parts, Parts]:
         """What the next step would keep of m and v [*p.shape]; `decoded` has them back. Nothing is changed."""
-        step, id = step_of(self.state.get(p, {})) + 1, self._ids()[p]
+        step, id = step_of(self.state.get(p, {})) + 1, tensor_numbers(self)[p]
         first, second = self._codecs(p, group_of(self, p))
         return first.encode(m, step=step, id=id), second.encode(v, step=step, id=id)
 
@@ -298,9 +299,6 @@ class AdamW4bit(BaseOptimizer):
         m = packed_from(_parts(state, "m"), p.shape, "de")
         v = packed_from(_parts(state, "v"), p.shape, group["map"])
         return AdamW4State(m, v, state["skipped"], id)
-
-    def _ids(self) -> dict[Tensor, int]:
-        return {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
 
 
 def _scale(group: Group) -> Scale:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .base import BaseOptimizer, Group, counted, gradients
+from .base import BaseOptimizer, Group, counted, gradients, group_of
 from .option_checks import check_betas
-from .sign import averaged, check_sign_group, last_gradient, magnitude, momentum_of, option_of, sign_step
+from .sign import averaged, check_sign_group, last_gradient, magnitude, momentum_of, sign_step
 
 
 class Lion(BaseOptimizer):
@@ -76,7 +76,7 @@ class Lion(BaseOptimizer):
             ValueError: `gradient` is None, and no step was made, `p.grad` was cleared, or β₂ = 0 < β₁, where m no
                 longer tells.
         """
-        beta1, beta2 = option_of(self, p, "betas")
+        beta1, beta2 = group_of(self, p)["betas"]
         m = momentum_of(self.state.get(p, {}), p)
         if gradient is None:
             gradient = last_gradient(self, p)

@@ -21,6 +21,7 @@ from .psgd_lra import LRA
 from .psgd_pairs import Differences, Exact, Gradients, OfObjective, Pairs, Vectors
 from .psgd_roots import RestrictedRoot
 from .psgd_xmat import XMat
+from .recurrences import average_threshold
 from .streams import generator, tensor_numbers
 
 KINDS: dict[str, type[Factor]] = {"xmat": XMat, "lra": LRA, "kron": Kron}
@@ -263,10 +264,7 @@ class PSGD(BaseOptimizer):
         Derived from the recurrence; without weight decay as in Cohen et al., Adaptive Gradient Methods at the Edge of
         Stability, 2022, section 2.
         """
-        lr, momentum, decay = (float(group[name]) for name in ("lr", "momentum", "weight_decay"))
-        if lr == 0 or lr * decay >= 2:
-            return None
-        return (2 - lr * decay) * (1 + momentum) / ((1 - momentum) * lr)
+        return average_threshold(*(float(group[name]) for name in ("lr", "momentum", "weight_decay")))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         """Goes on from `state_dict()`, bit for bit; parameters in another order are refused where that shows."""

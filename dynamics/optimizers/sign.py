@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .base import BaseOptimizer, Group, counted, gradients, missing_gradient
+from .base import BaseOptimizer, Group, counted, gradients, group_of, missing_gradient, moment_dtype
 from .option_checks import check_number
 
 
@@ -62,7 +62,7 @@ class SignSGD(BaseOptimizer):
         Raises:
             ValueError: `gradient` is None, and no step was made or `p.grad` was cleared.
         """
-        beta = option_of(self, p, "momentum")
+        beta = group_of(self, p)["momentum"]
         state = self.state.get(p, {})
         if gradient is not None:
             return magnitude(averaged(momentum_of(state, p), gradient, beta) if beta > 0 else gradient)
@@ -85,11 +85,7 @@ def averaged(m: Tensor, g: Tensor, beta: float) -> Tensor:
 
 def momentum_of(state: dict[str, Any], p: Tensor) -> Tensor:
     """The average that a parameter keeps; zero at first, in float32 at least."""
-    return state["momentum"] if "momentum" in state else torch.zeros_like(p, dtype=at_least_float32(p.dtype))
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return state["momentum"] if "momentum" in state else torch.zeros_like(p, dtype=moment_dtype(p))
 
 
 def magnitude(u: Tensor) -> Tensor:
@@ -113,14 +109,6 @@ def last_gradient(optimizer: BaseOptimizer, p: Tensor) -> Tensor:
             "before zero_grad()"
         )
     return p.grad
-
-
-def option_of(optimizer: BaseOptimizer, p: Tensor, name: str) -> Any:
-    """An option of the group that a parameter is in."""
-    for group in optimizer.param_groups:
-        if any(q is p for q in group["params"]):
-            return group[name]
-    raise ValueError(f"`p` of shape {list(p.shape)} is no parameter of this {type(optimizer).__name__}")
 
 
 def theoretical_rates(steps: int, order: int) -> tuple[float, float]:

@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .base import BaseOptimizer, Closure, Group, counted, gradients
+from .base import BaseOptimizer, Closure, Group, counted, gradients, group_of, moment_dtype
 from .option_checks import check_number
 from .sign import (
-    at_least_float32,
     averaged,
     check_sign_group,
     last_gradient,
     magnitude,
     momentum_of,
-    option_of,
     sign_step,
 )
 
@@ -113,9 +111,9 @@ class SignMomentum2(BaseOptimizer):
         """
         state = self.state.get(p, {})
         if gradient is not None:
-            return magnitude(averaged(momentum_of(state, p), gradient, option_of(self, p, "momentum")))
+            return magnitude(averaged(momentum_of(state, p), gradient, group_of(self, p)["momentum"]))
         return magnitude(state["momentum"] if "momentum" in state else last_gradient(self, p))
 
 
 def kept(p: Tensor) -> Tensor:
-    return p.detach().to(at_least_float32(p.dtype), copy=True)
+    return p.detach().to(moment_dtype(p), copy=True)

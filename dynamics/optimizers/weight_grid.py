@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .sign import at_least_float32
+from .base import moment_dtype
 
 SMALLEST_SCALE = {"float16": 1e-5, "float32": 1e-8}
 
@@ -154,7 +154,7 @@ class WeightGrid:
 
 def as_matrix(p: Tensor) -> Tensor:
     """A weight [rows, ...] as [rows, columns], in float32 at least."""
-    return p.detach().flatten(1).to(at_least_float32(p.dtype))
+    return p.detach().flatten(1).to(moment_dtype(p))
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sharpscope.dynamics.optimizers import PSGD
 from sharpscope.dynamics.optimizers.block_diagonal_root import BlockDiagonalRoot
 from sharpscope.dynamics.optimizers.combined import CombinedOptimizer
 from sharpscope.dynamics.optimizers.preconditioners import preconditioner_of
@@ -150,9 +151,8 @@ def test_roots_that_are_no_diagonals_are_put_in_their_places(case):
 
 
 def test_psgd_is_read_as_one_matrix(case):
-    psgd = pytest.importorskip("sharpscope.dynamics.optimizers.psgd")
     model, objective = case
-    optimizer = psgd.PSGD(model.parameters(), kind="lra", lr=0.01)
+    optimizer = PSGD(model.parameters(), kind="lra", lr=0.01)
 
     def closure():
         optimizer.zero_grad()

@@ -265,7 +265,7 @@ def test_gradients_of_another_kind_are_refused_before_anything_changes(row, kind
     assert torch.equal(first, before)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if not row.closure], ids=str)
+@pytest.mark.parametrize("row", [row for row in ROWS if not row.closure and "momentum-" not in row.name], ids=str)
 def test_its_step_can_be_compiled(row):
     model, loss = problem()
     plain, plain_loss = problem()
