@@ -1,4 +1,4 @@
-"""The examples of the README and of two pages run as they stand, one after the other."""
+"""The examples of the README and of three pages run as they stand, one after the other."""
 
 import re
 from pathlib import Path
@@ -32,6 +32,16 @@ def test_examples_of_the_kernels_page_run(tmp_path, monkeypatch):
     loaded = torch.load("checkpoint.pt", weights_only=True)["states"]
     assert torch.equal(loaded[0].m.codes, names["states"][0].m.codes)
     assert names["weights"].sum(1).tolist() == pytest.approx([1.0, 1.0, 1.0])
+
+
+def test_examples_of_the_optimizers_page_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "optimizers.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 1
+    exec(compile(blocks[0], "optimizers.md", "exec"), names)
+    assert names["stability_threshold_of"](names["optimizer"]) == pytest.approx(38e3)
+    assert names["P"].diagonal.shape == (names["objective"].num_parameters,)
 
 
 def test_examples_of_the_performance_page_run(capsys):
