@@ -190,7 +190,8 @@ class _Run:
     def _descend(self, batch: Examples) -> float:
         """One step of the optimizer; the loss before it."""
         if needs_closure(self.optimizer):
-            return float(self.optimizer.step(lambda: self._gradient(batch)))  # type: ignore[arg-type]
+            loss: Any = self.optimizer.step(lambda: self._gradient(batch))  # type: ignore[arg-type]
+            return float(loss.detach() if isinstance(loss, Tensor) else loss)
         value = float(self._gradient(batch).detach())
         if math.isfinite(value):
             self.optimizer.step()

@@ -13,6 +13,8 @@ from ..dynamics.trajectory import Trajectory
 from .style import BAND_ALPHA, COLORS, DASHES, GREY, HOUSE, dress, end_label, log_axis, style
 from .trajectory import Curve, curve
 
+LEGEND_WIDTH, HANDLE_WIDTH = 88, 8  # characters
+
 
 class Quantity(NamedTuple):
     """What a row of the figure shows."""
@@ -63,7 +65,8 @@ def comparison(runs: Mapping[str, Trajectory]) -> Axes:
         axes.flat[-1].set_xlabel("Training step")
         axes.flat[-1].xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
         handles = {line.get_label(): line for ax in axes.flat for line in ax.lines if line.get_label() in runs}
-        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(4, len(handles)))
+        columns = max(1, LEGEND_WIDTH // (max(map(len, handles)) + HANDLE_WIDTH))
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(columns, len(handles)))
     return axes.flat[0]
 
 
