@@ -15,6 +15,7 @@ from .style import BAND_ALPHA, COLORS, DASHES, GREY, HOUSE, MARKERS, dress, end_
 COLUMNS = 2
 PANEL_SIZE = (3.6, 2.7)  # inches
 CHARACTERS = 62  # of the caption, under one panel
+MANY = 4  # more lines than these have a small legend that may lie over them
 
 
 def study_figure(result: StudyResult) -> Axes:
@@ -62,7 +63,8 @@ def draw_panel(ax: Axes, panel: Panel) -> None:
     dress(ax)
     ax.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
     if len(panel.lines) > 1 or (panel.lines and panel.lines[0].label):
-        ax.legend()
+        many = len(panel.lines) > MANY
+        ax.legend(fontsize=6 if many else 8, frameon=many, framealpha=0.85, edgecolor="none", labelspacing=0.3)
 
 
 def _line(ax: Axes, line: Line, i: int) -> None:

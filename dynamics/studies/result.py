@@ -27,6 +27,10 @@ class Claim:
     holds: bool | None
     note: str = ""
 
+    def __post_init__(self) -> None:
+        if self.holds is not None:  # comparisons of numpy numbers give a type that JSON does not know
+            object.__setattr__(self, "holds", bool(self.holds))
+
     @property
     def verdict(self) -> str:
         return {True: "holds", False: "does not hold", None: "reported"}[self.holds]

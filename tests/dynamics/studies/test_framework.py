@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 from sharpscope.dynamics.studies import STUDIES, Claim, Line, Panel, StudyResult, study_named
 from sharpscope.dynamics.studies.laboratory import Laboratory
@@ -36,14 +37,20 @@ def test_a_result_survives_json_and_shows_every_claim():
         Claim("a | b", "Somebody 2020, eq. 1", "<= 1", "0.5 ± 0.1", True),
         Claim("c", "derived here", "> 2", "1.9", False, "too few steps"),
         Claim("d", "derived here", "-", "7", None),
+        Claim("e", "derived here", "> 2", "3", np.float64(3) > 2),
     ]
     panels = [Panel("t", "x", "y", [Line("one", [1, 2], [3.0, 4.0], [0.1, 0.2])], y_log=True, levels={"edge": 1.0})]
     result = StudyResult("name", "Title", "Paper", "Setting", claims, panels, True, 1.5)
     again = StudyResult.from_json(json.loads(json.dumps(result.to_json())))
     assert again.markdown() == result.markdown()
     assert again.panels[0].lines[0].y == [3.0, 4.0]
-    rows = result.markdown().splitlines()[-3:]
-    assert [row.rsplit("|", 2)[1].strip() for row in rows] == ["holds", "does not hold: too few steps", "reported"]
+    rows = result.markdown().splitlines()[-4:]
+    assert [row.rsplit("|", 2)[1].strip() for row in rows] == [
+        "holds",
+        "does not hold: too few steps",
+        "reported",
+        "holds",
+    ]
     assert rows[0].startswith("| a \\| b |")
 
 
