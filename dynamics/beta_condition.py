@@ -54,8 +54,9 @@ class BetaCondition:
 
     def _descent(self, point: Point, descent: float) -> Iterator[Row]:
         kept = 1 - 1 / self.window
-        sums = {"total": descent, "size": abs(descent), "squares": descent**2}
-        for key, value in sums.items():
-            point.state[key] = kept * float(point.state.get(key, 0.0)) + value
+        # The variance of a sum with weights w is the sum of w² times that of a term.
+        sums = {"total": (kept, descent), "size": (kept, abs(descent)), "squares": (kept**2, descent**2)}
+        for key, (share, value) in sums.items():
+            point.state[key] = share * float(point.state.get(key, 0.0)) + value
         total, size, squares = (point.state[key] for key in sums)
         yield Row("descent", total / size if size else 0.0, error=math.sqrt(squares) / size if size else math.nan)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..landscape.selection import near_names
 from .optimizers.choice import check_options, optimizer_class, option_names
 from .run_folder import default_folder
 from .settings import parse_settings
@@ -39,10 +40,11 @@ def compare(
         optimizers: Names with settings of their own: "SGD,Adam:lr=0.001,SAM:rho=0.1,lr=0.2", or a list of such.
         out: Folder of the runs, default a new one in runs/; each run has a folder of its own inside.
         resume: Go on where the runs were stopped; those that are finished stay as they are.
-        options: Of `train`. `lr`, `momentum` and `optimizer_options` are for all that do not set them themselves.
+        options: Of `train`. `lr`, `momentum` and `optimizer_options` are for all that take them and do not set them
+            themselves.
 
     Raises:
-        ValueError: fewer than two, two that are the same, or what `train` raises.
+        ValueError: fewer than two, two that are the same, an option that none of them takes, or what `train` raises.
     """
     chosen = _chosen(optimizers)
     if len(chosen) < 2:
@@ -52,11 +54,12 @@ def compare(
     options.setdefault("measure", MEASURED)
     common = {key: options.pop(key) for key in ("lr", "momentum") if options.get(key) is not None}
     common |= options.pop("optimizer_options", None) or {}
+    _check_common(common, chosen)
     results = {}
     for label, (name, settings) in chosen.items():
         results[label] = train(
             optimizer=name,
-            optimizer_options=_fitting(name, common) | settings or None,
+            optimizer_options=_fitting(name, common, settings) | settings or None,
             out=folder / re.sub(r"[^A-Za-z0-9.=-]+", "_", label),
             resume=resume,
             **options,
@@ -91,7 +94,17 @@ def _entries(text: str) -> list[str]:
     return [entry for entry in entries if entry.strip()]
 
 
-def _fitting(name: str, common: Mapping[str, Any]) -> dict[str, Any]:
+def _fitting(name: str, common: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Of the options for all, the learning rate and those that this optimizer takes."""
-    known = option_names(name)
+    known = option_names(name, settings)
     return {key: value for key, value in common.items() if key == "lr" or key in known}
+
+
+def _check_common(common: Mapping[str, Any], chosen: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
+    known = {option for name, settings in chosen.values() for option in option_names(name, settings)} | {"lr"}
+    for option in common:
+        if option not in known:
+            raise ValueError(
+                f"`optimizer_options` has {option!r}, which none of {', '.join(chosen)} takes (near: "
+                f"{near_names(option, known)})"
+            )

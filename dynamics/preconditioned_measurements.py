@@ -96,7 +96,7 @@ class ThresholdRatio:
     weight decay Λ that is part of their gradient: the preconditioned sharpness over the threshold where all parameter
     groups agree. For gradient descent it is λ_max(H) η/2. Exact for groups that differ in learning rate only; see
     `Preconditioner.ratio_operator`. Where `PreconditionedSharpness` is measured with the same settings and groups
-    agree, its products are shared.
+    agree, its products are shared. Round unnormalised SAM with several groups it is near 1 at the edge only.
 
     No row, and one warning, for an optimizer without a threshold; none where only weights are known (`replay`).
 
@@ -146,7 +146,7 @@ class EffectiveSharpness:
     The curvature that the update meets, in the geometry of the optimizer: the Rayleigh quotient of P^-1/2 H P^-1/2 at
     P^1/2 u, so never above the preconditioned sharpness but for parameters that it leaves out. For P = I it is
     `UpdateCurvature`. Parameters that the optimizer does not hold are left out of u. Where P is no diagonal, P u comes
-    from conjugate gradients on P⁻¹; the row is marked as not converged where they do not reach 1e-6.
+    from conjugate gradients on P⁻¹; where they do not reach 1e-6, the row is marked as not converged and has no error.
 
     No row at the first step, nor where only weights are known (`replay`); NaN where nothing moved; no row, and one
     warning, for an optimizer without such a P.
@@ -181,7 +181,7 @@ class EffectiveSharpness:
             yield Row(self.name, math.nan, converged=False)
             return
         product = op @ u
-        error = op.relative_error * float(norm(product)) * float(norm(u)) / size
+        error = op.relative_error * float(norm(product)) * float(norm(u)) / size if converged else math.nan
         yield Row(self.name, float(dot(u, product)) / size, error=error, converged=converged, products=1)
 
 
@@ -224,7 +224,9 @@ def _weighed(P: Preconditioner, u: Tensor) -> tuple[Tensor, Tensor, bool]:
     u = torch.where(P.moves, u, 0.0)
     if P.diagonal is not None:
         return u, torch.where(P.moves, P.diagonal, 0.0) * u, True
-    solution = solve(_Gram(P.root, u), u, tol=SOLVE_TOL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the row says so
+        solution = solve(_Gram(P.root, u), u, tol=SOLVE_TOL)
     return u, solution.x, solution.converged
 
 

@@ -10,6 +10,8 @@ from torch.optim import Optimizer
 
 from ..landscape.selection import unwrapped
 from ..landscape.structure import TensorRole, structure
+from .optimizers.option_checks import check_number
+from .optimizers.wrapper import Wrapper
 from .point import Point
 from .row import Row
 from .snr_profile import snr_of_slices
@@ -23,7 +25,8 @@ class SecondMomentSNR:
     """mean_K(v)² / var_K(v) of the second moments v, averaged over the other dimensions, for every set of dimensions K.
 
     v is the optimizer's own where it keeps one for each entry (Adam, RMSprop, Adagrad); otherwise the exponential
-    average of the squared gradient of the objective, with weight 1 − beta2 at each measured point.
+    average of the squared gradient of the objective, with weight 1 − beta2 at each measured point. Of an
+    optimizer round another one, such as SAM, the other is read.
 
     Rows: block `fc.weight over inputs` (`attn.qkv.weight:query over outputs` inside a fused layer), index 0 the mean
     and index 1 the median over the other dimensions; vectors have none. `SNRProfile.of` reads them back. Infinite
@@ -31,7 +34,7 @@ class SecondMomentSNR:
 
     Args:
         every: Period in steps.
-        beta2: Of the average kept here, for optimizers without a second moment.
+        beta2: Of the average kept here, in [0, 1), for optimizers without a second moment.
 
     Source: Kalra et al., When Can You Get Away with Low Memory Adam?, 2025.
     """
@@ -40,6 +43,9 @@ class SecondMomentSNR:
     beta2: float = 0.95
     _: KW_ONLY
     name: str = "second_moment_snr"
+
+    def __post_init__(self) -> None:
+        check_number("beta2", self.beta2, least=0, below=1)
 
     def measure(self, point: Point) -> Iterator[Row]:
         tree = getattr(point.objective, "model", None)
@@ -53,7 +59,7 @@ class SecondMomentSNR:
     def _moments(self, point: Point, tree: object) -> dict[str, Tensor]:
         layout = point.objective.layout
         if point.optimizer is not None and isinstance(tree, nn.Module):
-            if not point.optimizer.state:
+            if point.step == 0 and not innermost(point.optimizer).state:
                 return {}
             own = second_moments(point.optimizer, tree)
             if own:
@@ -67,6 +73,7 @@ class SecondMomentSNR:
 
 def second_moments(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """Second moments, one for each entry, by parameter name; without those that the optimizer does not keep so."""
+    optimizer = innermost(optimizer)
     found = {}
     for name, p in unwrapped(model).named_parameters():
         state = optimizer.state.get(p, {})
@@ -76,3 +83,10 @@ def second_moments(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
                 found[name] = v
                 break
     return found
+
+
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that makes the step inside wrappers."""
+    while isinstance(optimizer, Wrapper):
+        optimizer = optimizer.base
+    return optimizer

@@ -45,7 +45,7 @@ def parse_settings(text: str) -> dict[str, Any]:
         return settings
     except (SyntaxError, ValueError) as error:
         raise ValueError(
-            f"{text!r} cannot be read as key=value,key=value ({error}); an example: lr=0.1,momentum=0.9"
+            f"{text!r} cannot be read as key=value,key=value ({error}); an example: lr=0.1,betas=(0.9,0.99)"
         ) from None
 
 

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from ..landscape.batches import digest
 from .data_order import DataOrder
 from .monitor import Monitor
-from .optimizers.choice import make_optimizer, needs_closure
+from .optimizers.choice import make_optimizer
+from .optimizers.closures import needs_closure
 from .run_folder import RunFolder, default_folder
 from .settings import chosen_measurements
 from .training_options import FULL_BATCH, TrainingOptions

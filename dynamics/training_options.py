@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .optimizers.choice import descends_like, has_threshold, optimizer_class
+from .optimizers.choice import descends_like, has_threshold, optimizer_class, with_defaults
 from .settings import chosen_measurements
 from .workloads.catalogue import Defaults, defaults_of
 from .workloads.text import NAMED_TEXTS
@@ -55,6 +55,8 @@ class TrainingOptions:
         like = descends_like(optimizer, options)
         if "lr" not in options and not stored and like in defaults.lr:
             options["lr"] = defaults.lr[like]
+        if not stored:
+            options = with_defaults(optimizer, options)
         steps = _count(found.get("steps", defaults.steps), "steps")
         batch_size = found.get("batch_size", defaults.batch_size or FULL_BATCH)
         measure = found.get("measure", _default_measure(defaults, optimizer, like))

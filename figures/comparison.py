@@ -14,6 +14,7 @@ from .style import BAND_ALPHA, COLORS, DASHES, GREY, HOUSE, dress, end_label, lo
 from .trajectory import Curve, curve
 
 LEGEND_WIDTH, HANDLE_WIDTH = 88, 8  # characters
+LINEAR = 3.0  # a ratio that goes further above the edge, as that of Adam's first step may, has a logarithmic axis
 
 
 class Quantity(NamedTuple):
@@ -29,7 +30,7 @@ QUANTITIES = (
     Quantity("loss", "Loss", True),
     Quantity("sharpness", "Sharpness\n(loss / parameter²)", True),
     Quantity("preconditioned_sharpness", "Preconditioned\nsharpness", True),
-    Quantity("threshold_ratio", "Sharpness felt\n/ threshold", False, ("edge", 1.0)),
+    Quantity("threshold_ratio", "Preconditioned\nsharpness / threshold", False, ("edge", 1.0)),
 )
 
 
@@ -79,13 +80,15 @@ def _finish(ax: Axes, quantity: Quantity, curves: list[Curve]) -> None:
     values = np.concatenate([one.values[np.isfinite(one.values)] for one in curves])
     dress(ax)
     ax.set_ylabel(quantity.label)
-    if quantity.log and len(values) and values.min() > 0:
+    positive = len(values) > 0 and values.min() > 0
+    if positive and (quantity.log or values.max() > LINEAR * max(1.0, float(np.median(values)))):
         log_axis(ax.yaxis, values.min(), values.max())
     if quantity.level is not None:
         name, level = quantity.level
         ax.axhline(level, color=GREY, linewidth=1.0, linestyle=(0, (4, 2)))
         end_label(ax, level, name, GREY)
-        ax.set_ylim(bottom=0)
+        if ax.get_yscale() == "linear":
+            ax.set_ylim(bottom=0)
 
 
 def stability(trajectory: Trajectory) -> Axes:

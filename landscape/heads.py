@@ -161,6 +161,7 @@ def child(module: nn.Module, known: tuple[str, ...], names: ParameterNames) -> P
         layer = module._modules.get(name)
         if isinstance(layer, nn.Sequential | nn.ModuleList) and len(layer) > 0:
             layer = layer[0]
+        layer = getattr(layer, "base_layer", layer)  # inside an adapter, such as those of low rank
         projection = linear_projection(layer, names) if layer is not None else None
         if projection is not None:
             return projection

@@ -89,15 +89,17 @@ def output_axis(module: nn.Module) -> int | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim < 2:
         return None
+    features = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if isinstance(module, OUTPUTS_FIRST):
-        return 0
+        # A subclass may have its weight the other way.
+        turned = tuple(weight.shape) == features[::-1] != features
+        return 1 if turned and isinstance(module, nn.Linear) else 0
     if isinstance(module, TRANSPOSED_CONVOLUTIONS):
         return 1
     if weight.ndim != 2:
         return None
     if weight.shape[1] == getattr(module, "nf", None):
         return 1
-    features = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if tuple(weight.shape) == features:
         return 0
     return 1 if tuple(weight.shape) == features[::-1] else None

@@ -57,13 +57,13 @@ def sam_sharpness(
     if isinstance(ascent_steps, bool) or not isinstance(ascent_steps, int) or ascent_steps < 1:
         raise ValueError(f"`ascent_steps` is {ascent_steps!r}; give an integer of at least 1")
     before = objective.loss() if loss is None else loss
-    theta = _weights(objective)
+    theta = weights_of(objective)
     shift = torch.zeros_like(theta)
     for i in range(ascent_steps):
         if i == 0:
             g = objective.gradient() if gradient is None else gradient.to(theta)
         else:
-            g = _gradient_at(objective, theta + shift)
+            g = gradient_at(objective, theta + shift)
         direction = theta.square() * g if adaptive else g
         length = (theta * g if adaptive else g).double().square().sum().sqrt()
         shift += rho / ascent_steps * direction / (length + TINY).to(theta)
@@ -89,7 +89,7 @@ def average_sharpness(
     if isinstance(num_pairs, bool) or not isinstance(num_pairs, int) or num_pairs < 1:
         raise ValueError(f"`num_pairs` is {num_pairs!r}; give an integer of at least 1")
     before = objective.loss() if loss is None else loss
-    theta = _weights(objective)
+    theta = weights_of(objective)
     generator = torch.Generator(device=theta.device).manual_seed(seed)
     samples = torch.empty(num_pairs, dtype=torch.float64)
     for i in range(num_pairs):
@@ -108,7 +108,7 @@ def _check(objective: Objective, name: str, radius: float) -> None:
         )
 
 
-def _weights(objective: Objective) -> Tensor:
+def weights_of(objective: Objective) -> Tensor:
     """θ as a flat vector [n]."""
     with objective.evaluation() as theta:
         return objective.join([tensor.detach() for tensor in theta])
@@ -129,7 +129,7 @@ def _loss_at(objective: Objective, vector: Tensor) -> float:
     return float(objective.all_reduce(total.to(objective.device)))
 
 
-def _gradient_at(objective: Objective, vector: Tensor) -> Tensor:
+def gradient_at(objective: Objective, vector: Tensor) -> Tensor:
     """∇L [n] at the weights `vector`."""
     total = torch.zeros_like(vector)
     with objective.evaluation(_placed(objective, vector)) as theta:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .base import BaseOptimizer, Group, counted, gradients, step_of
+from .base import BaseOptimizer, Group, counted, gradients, moment_dtype, step_of
 from .option_checks import check_number
 
 
@@ -104,7 +104,7 @@ class AcceleratedSGD(BaseOptimizer):
             state = self.state[p]
             t = counted(state)
             if "v" not in state:
-                state["v"] = p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+                state["v"] = p.detach().to(moment_dtype(p), copy=True)
             v = state["v"]
             if group["weight_decay"]:
                 g = g.add(p, alpha=group["weight_decay"])

@@ -85,15 +85,12 @@ class AdamMini(BlockwiseAdam):
             raise TypeError(
                 f"`model` is a {type(model).__name__}; give the module whose parameters are optimized, or None"
             )
+        self.structural: dict[str, Any] = {"head_count": head_count, "vectors": vectors, "unmatched": unmatched}
+        self.partition = partition
         self._given: Mapping[str, Any] | Callable[[str, Tensor], Any] | None = None
-        if model is not None and partition in (None, "adam-mini"):
-            self._given = adam_mini_divisions(model, head_count=head_count, vectors=vectors, unmatched=unmatched)
-        elif isinstance(partition, str):
-            assert model is not None
-            self._given = divisions_of(partition_of(model, partition, head_count=head_count))
-        elif isinstance(partition, Partition):
+        if isinstance(partition, Partition):
             self._given = divisions_of(partition)
-        else:
+        elif not isinstance(partition, str):
             self._given = partition
         defaults = {
             "lr": lr,
@@ -103,6 +100,13 @@ class AdamMini(BlockwiseAdam):
             "decay_vectors": decay_vectors,
         }
         super().__init__(params, defaults, model)
+
+    def read_structure(self, model: nn.Module) -> None:
+        if self.partition in (None, "adam-mini"):
+            self._given = adam_mini_divisions(model, **self.structural)
+        elif isinstance(self.partition, str):
+            blocks = partition_of(model, self.partition, head_count=self.structural["head_count"])
+            self._given = divisions_of(blocks)
 
     def division(self, p: Tensor, name: str) -> Division:
         if self._given is None:

@@ -37,7 +37,7 @@ TORCH: dict[type[Optimizer], type[TorchGeometry]] = {
 _told: set[type] = set()
 
 
-def adapted(optimizer: Optimizer | CombinedOptimizer) -> Geometry:
+def adapted(optimizer: Optimizer) -> Geometry:
     """What `optimizer` does to a gradient: `preconditioner(p, gradient)`, `threshold_of_group(group)`,
     `coupled_weight_decay(group)`.
 
@@ -61,7 +61,7 @@ def adapted(optimizer: Optimizer | CombinedOptimizer) -> Geometry:
     return UnknownGeometry(optimizer)
 
 
-def known_geometry(optimizer: Optimizer | CombinedOptimizer) -> Geometry | None:
+def known_geometry(optimizer: Optimizer) -> Geometry | None:
     """As `adapted`, or None where the optimizer is not known."""
     if isinstance(optimizer, Geometry):
         return optimizer

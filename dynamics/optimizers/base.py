@@ -67,6 +67,8 @@ class BaseOptimizer(Optimizer):
         """Bytes of the tensors that the optimizer keeps between steps."""
         return tensor_bytes(self.state.values())
 
+    # Traced, every count of steps and every parameter would be a graph of its own.
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
         """One step; a `closure` clears the gradients, evaluates the loss, calls backward and returns the loss.
@@ -94,6 +96,12 @@ class BaseOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         """Goes on from `state_dict()`, bit for bit: codes stay uint8, moments keep their precision."""
+        for i, group in enumerate(state_dict["param_groups"]):
+            if missing := sorted(self.defaults.keys() - group.keys() - {"differentiable"}):
+                raise ValueError(
+                    f"`state_dict` has no {', '.join(map(repr, missing))} in group {i}, so it is not that of a "
+                    f"{type(self).__name__}; pass what its state_dict() returned"
+                )
         super().load_state_dict(dict(state_dict))
         restore_exactly(self, state_dict)
 
@@ -106,9 +114,9 @@ class BaseOptimizer(Optimizer):
 
 
 def gradients(group: Group) -> Iterator[tuple[Tensor, Tensor]]:
-    """The parameters of a group that have a gradient, with it."""
+    """The parameters of a group that have a gradient and entries, with it."""
     for p in group["params"]:
-        if p.grad is not None:
+        if p.grad is not None and p.numel():
             yield p, p.grad
 
 

@@ -45,11 +45,23 @@ class BlockwiseAdam(BaseOptimizer):
             raise TypeError(
                 f"`model` is a {type(model).__name__}; give the module whose parameters are optimized, or None"
             )
+        self.model = model
         self._names: dict[Tensor, str] = {}
-        if model is not None:
-            self._names = {p: name for name, p in unwrapped(model).named_parameters()}
         self._has_model = model is not None
+        if model is not None:
+            self._read(model)
         super().__init__(params, defaults)
+
+    def read_structure(self, model: nn.Module) -> None:
+        """Takes in the structure of the model; called again when parameters are added that it did not have."""
+
+    def _read(self, model: nn.Module) -> None:
+        self._names = {p: name for name, p in unwrapped(model).named_parameters()}
+        self.read_structure(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the optimizer is none of the model.
+        return {**super().__getstate__(), "model": None}
 
     def division(self, p: Tensor, name: str) -> Division:
         """How a tensor is divided; `name` is that in the model, else as given to the optimizer, else its place."""
@@ -69,6 +81,8 @@ class BlockwiseAdam(BaseOptimizer):
         group.setdefault("divisions", [(d.name, d.role, d.rule, d.reduction.plain) for d in divisions])
 
     def _division(self, p: Tensor, name: str) -> Division:
+        if self.model is not None and p not in self._names:
+            self._read(self.model)
         if self._has_model and p not in self._names:
             raise ValueError(
                 f"parameter {name!r} {list(p.shape)} is none of `model`; give the model that has it, or None"

@@ -74,7 +74,7 @@ def has_threshold(name: str) -> bool:
     return optimizer_class(name).__name__ not in WITHOUT_THRESHOLD
 
 
-def make_optimizer(name: str, model: nn.Module, options: Mapping[str, Any]) -> Optimizer | CombinedOptimizer:
+def make_optimizer(name: str, model: nn.Module, options: Mapping[str, Any]) -> Optimizer:
     """The optimizer on all parameters of the model.
 
     One that reads the structure of the model gets the model. Muon, which takes matrices only, is combined with AdamW in
@@ -94,9 +94,8 @@ def make_optimizer(name: str, model: nn.Module, options: Mapping[str, Any]) -> O
         parameters = [p for p in model.parameters() if p.requires_grad]
         if chosen is torch.optim.Muon:
             return _muon(parameters, options)
-        if "model" in inspect.signature(chosen.__init__).parameters:
-            options = {**options, "model": model}
-        return chosen(parameters, **options)  # type: ignore[call-arg]
+        reads_model = "model" in inspect.signature(chosen.__init__).parameters
+        return chosen(parameters, **options, **({"model": model} if reads_model else {}))  # type: ignore[call-arg]
     except (TypeError, ValueError, IndexError, AssertionError) as error:
         raise ValueError(f"{chosen.__name__} refuses `optimizer_options` {dict(options)}: {error}") from error
 
@@ -116,18 +115,6 @@ def with_defaults(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return dict(options)
 
 
-def needs_closure(optimizer: Optimizer | CombinedOptimizer) -> bool:
-    """Whether `step` evaluates the loss itself, as a line search does, and must be handed a closure.
-
-    An optimizer says so by an attribute `needs_closure`, or by a `closure` without a default.
-    """
-    said = getattr(optimizer, "needs_closure", None)
-    if said is not None:
-        return bool(said)
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
-
-
 def _wrapped(chosen: Callable[..., Optimizer], model: nn.Module, options: Mapping[str, Any]) -> Optimizer:
     own = inspect.signature(chosen).parameters
     base = make_optimizer(
@@ -141,7 +128,7 @@ def _wrapped(chosen: Callable[..., Optimizer], model: nn.Module, options: Mappin
     return chosen(base, **given, **({"model": model} if "model" in own else {}))
 
 
-def _muon(parameters: list[Tensor], options: Mapping[str, Any]) -> Optimizer | CombinedOptimizer:
+def _muon(parameters: list[Tensor], options: Mapping[str, Any]) -> Optimizer:
     muon = torch.optim.Muon([p for p in parameters if p.ndim == 2], **options)
     others = [p for p in parameters if p.ndim != 2]
     return CombinedOptimizer([muon, torch.optim.AdamW(others)]) if others else muon

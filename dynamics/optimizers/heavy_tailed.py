@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from .base import Group
-from .noisy import Noisy, wide
+from .base import Group, moment_dtype
+from .noisy import Noisy
 from .option_checks import check_flag, check_number
 from .stable import check_alpha, positive_stable, stable
 from .streams import generator
@@ -69,7 +69,9 @@ class HeavyTailedSGD(Noisy):
             return None
         stream = generator(group["seed"], number, step, p.device)
         if not group["isotropic"]:
-            return scale * stable(p.shape, alpha, generator=stream, device=p.device).to(wide(p))
+            return scale * stable(p.shape, alpha, generator=stream, device=p.device).to(moment_dtype(p))
         # On the CPU, so that parameters on several devices share it.
         A = positive_stable((), alpha / 2, generator=generator(group["seed"], SHARED, step, "cpu"))
-        return scale * float(2 * A) ** 0.5 * torch.randn(p.shape, generator=stream, dtype=wide(p), device=p.device)
+        return (
+            scale * float(2 * A) ** 0.5 * torch.randn(p.shape, generator=stream, dtype=moment_dtype(p), device=p.device)
+        )

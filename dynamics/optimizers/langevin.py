@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from .base import Group
-from .noisy import Noisy, wide
+from .base import Group, moment_dtype
+from .noisy import Noisy
 from .option_checks import check_number
 from .streams import generator
 
@@ -58,4 +58,4 @@ class LangevinSGD(Noisy):
         if scale == 0:
             return None
         stream = generator(group["seed"], number, step, p.device)
-        return scale * torch.randn(p.shape, generator=stream, dtype=wide(p), device=p.device)
+        return scale * torch.randn(p.shape, generator=stream, dtype=moment_dtype(p), device=p.device)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .base import BaseOptimizer, Group, counted, gradients, group_of
+from .base import BaseOptimizer, Group, counted, gradients, group_of, missing_gradient
 from .option_checks import check_betas
-from .sign import averaged, check_sign_group, last_gradient, magnitude, momentum_of, sign_step
+from .sign import averaged, check_sign_group, gradient_is_gone, magnitude, momentum_of, sign_step
 
 
 class Lion(BaseOptimizer):
@@ -69,21 +69,11 @@ class Lion(BaseOptimizer):
 
         Args:
             p: A parameter of this optimizer.
-            gradient: What the next step will see. None: P of the last step, whose u is found from m and `p.grad`, which
-                must still be what that step saw.
+            gradient: What the next step will see.
 
         Raises:
-            ValueError: `gradient` is None, and no step was made, `p.grad` was cleared, or β₂ = 0 < β₁, where m no
-                longer tells.
+            NoPreconditionerError: a ValueError; `gradient` is None: the u of the last step is not kept.
         """
-        beta1, beta2 = group_of(self, p)["betas"]
-        m = momentum_of(self.state.get(p, {}), p)
         if gradient is None:
-            gradient = last_gradient(self, p)
-            if beta2 == 0 < beta1:
-                raise ValueError(
-                    f"`betas` is {(beta1, beta2)}: the momentum before the last step is lost; pass `gradient`"
-                )
-            if beta2 > 0:
-                m = (m - (1 - beta2) * gradient) / beta2
-        return magnitude(averaged(m, gradient, beta1))
+            raise gradient_is_gone(self) if p in self.state else missing_gradient(self)
+        return magnitude(averaged(momentum_of(self.state.get(p, {}), p), gradient, group_of(self, p)["betas"][0]))

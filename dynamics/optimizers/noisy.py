@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from .base import Closure, Group, check_gradients, counted, gradients
-from .choice import needs_closure
+from .closures import needs_closure
 from .option_checks import check_number
 from .streams import tensor_numbers
 from .wrapper import Wrapper
@@ -76,11 +76,6 @@ class Noisy(Wrapper):
                 if added is not None:
                     p.add_(added)
         return loss
-
-
-def wide(p: Tensor) -> torch.dtype:
-    """At least float32."""
-    return torch.promote_types(p.dtype, torch.float32)
 
 
 def _base(params: ParamsT | Optimizer, lr: float | None, momentum: float, weight_decay: float) -> Optimizer:

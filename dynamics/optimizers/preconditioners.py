@@ -13,11 +13,13 @@ from ...hessian.operator import DiagonalOperator, LinearOperator
 from ...hessian.preconditioned import DiagonalRoot, PreconditionedOperator, Root
 from ...landscape.objective import Objective
 from ...landscape.sharded import is_sharded
+from ...landscape.sharpness import gradient_at, weights_of
 from .adapters import CombinedGeometry, adapted
 from .base import Group, MissingGradientError, moment_dtype
 from .block_diagonal_root import Block, BlockDiagonalRoot
-from .combined import CombinedOptimizer
+from .sam import SAM
 from .torch_geometry import Geometry, NoPreconditionerError
+from .wrapper import Wrapper
 
 Which = Literal["next", "current"]
 Idle = Literal["exclude", "keep"]
@@ -82,7 +84,7 @@ class Preconditioner:
 
 
 def preconditioner_of(
-    optimizer: Optimizer | CombinedOptimizer,
+    optimizer: Optimizer,
     objective: Objective,
     *,
     which: Which = "next",
@@ -95,8 +97,9 @@ def preconditioner_of(
         optimizer: Of this package, torch.optim, torchao or bitsandbytes; see `adapted`.
         objective: The loss whose parameters span the coordinates.
         which: "next", P of the step that `gradient` will be used in, or "current", that of the last step.
-        gradient: What the next step will see, flat [n]; by default the objective's gradient. Where the optimizer trains
-            on other batches, P is that of a step on the objective's own data.
+        gradient: That of the loss at the weights, flat [n]; by default the objective's. Where the optimizer trains on
+            other batches, P is that of a step on the objective's own data. Round an adaptive optimizer SAM makes P
+            of the gradient at θ + ε, which is then evaluated on the objective, once more.
         idle: A coordinate whose second moment is exactly zero, such as a weight of a dead unit, has P = eps, and a
             curvature of rounding errors divided by eps may exceed all others. It does not move, and "exclude" takes it
             out; "keep" leaves it in.
@@ -113,13 +116,17 @@ def preconditioner_of(
         raise ValueError(f"`which` is {which!r}; it must be 'next' or 'current'")
     if idle not in ("exclude", "keep"):
         raise ValueError(f"`idle` is {idle!r}; it must be 'exclude' or 'keep'")
+    if not isinstance(objective, Objective):
+        raise TypeError(f"`objective` is a {type(objective).__name__}; give an Objective of the model in training")
     geometry = adapted(optimizer)
     gradients: dict[str, Tensor | None] = dict.fromkeys(objective.layout.names)
     if which == "next":
         gradient = objective.gradient() if gradient is None else gradient
+        if gradient.shape != (objective.num_parameters,):
+            raise ValueError(f"`gradient` has shape {list(gradient.shape)}; it must be [{objective.num_parameters}]")
         if not bool(gradient.isfinite().all()):
             raise ValueError("the gradient is not finite, so there is no preconditioner: has the training diverged?")
-        gradients |= objective.unflatten(gradient)
+        gradients |= objective.unflatten(_gradient_of_step(optimizer, objective, gradient))
     held = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     found = {name: held[id(p)] for name, p in objective.parameters.items() if id(p) in held}
     if not found:
@@ -246,9 +253,33 @@ class _Builder:
             self.thresholds[where] = threshold
 
 
+def _gradient_of_step(optimizer: Any, objective: Objective, gradient: Tensor) -> Tensor:
+    """What the rule inside sees in the next step, flat [n]: at θ + ε where SAM is round it."""
+    while not isinstance(optimizer, SAM):
+        inner = _inside(optimizer)
+        if inner is None:
+            return gradient
+        optimizer = inner
+    if not optimizer.perturbs:
+        return gradient
+    named = objective.unflatten(gradient)
+    shift = {name: torch.zeros_like(g) for name, g in named.items()}
+    names = {p: name for name, p in objective.parameters.items()}
+    for p, epsilon in optimizer.perturbation({p: named[name] for p, name in names.items()}):
+        shift[names[p]] = epsilon.detach().to(gradient)
+    return gradient_at(objective, weights_of(objective) + objective.layout.flatten(shift))
+
+
+def _inside(optimizer: Any) -> Any:
+    """The optimizer that this one hands its step to, or None."""
+    return optimizer.base if isinstance(optimizer, Wrapper) else getattr(optimizer, "active", None)
+
+
 def _idle(geometry: Any, p: Tensor, group: Group, P: Tensor, gradient: Tensor | None) -> Tensor:
     """Where the second moment is exactly zero. An optimizer that does not say has it there where its P is eps, its
     gradient zero, and everything zero that it keeps for each entry."""
+    while (inner := _inside(geometry)) is not None:
+        geometry = adapted(inner)
     if isinstance(geometry, CombinedGeometry):
         geometry = geometry.part_of(p)
     if hasattr(geometry, "is_idle"):

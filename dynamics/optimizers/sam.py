@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from ...kernels.accurate import norm
-from .base import BaseOptimizer, Closure, Group, check_gradients, gradients
+from .base import BaseOptimizer, Closure, Group, check_gradients, gradients, moment_dtype
+from .closures import needs_closure
 from .option_checks import check_flag, check_number
 from .wrapper import Wrapper
 
@@ -41,8 +42,11 @@ class SAM(Wrapper):
         sam.second_step(zero_grad=True)
 
     With a GradScaler both losses are scaled; `scaler.step(sam)` takes the place of `second_step` and is followed by
-    `sam.restore()`, which puts the weights back where the scaler skipped the step. The unnormalised ε needs
-    `scaler.unscale_`, which can be called once a step, so it does not go with a scaler.
+    `sam.restore()`, which puts the weights back where the scaler skipped the step. `scaler.unscale_(sam)`, which can be
+    called once a step, belongs between the second backward and `scaler.step`, as for clipping; called before
+    `first_step`, it would leave the second gradient scaled. So the unnormalised ε does not go with a scaler.
+    Where the first gradient overflows, θ + ε is NaN, so that the second does too and the scaler skips the step; `model`
+    keeps that out of BatchNorm's running statistics.
 
     Args:
         base: Any optimizer that steps without a closure. Its groups may have their own `rho`, `adaptive`, `normalize`
@@ -74,6 +78,11 @@ class SAM(Wrapper):
     ) -> None:
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"`model` is a {type(model).__name__}; give the nn.Module that is trained, or None")
+        if isinstance(base, Optimizer) and needs_closure(base):
+            raise ValueError(
+                f"`base` is {type(base).__name__}, which evaluates the loss itself; SAM goes round optimizers whose "
+                "step needs no closure"
+            )
         super().__init__(base, {"rho": rho, "adaptive": adaptive, "normalize": normalize, "enabled": enabled})
         self.model = model
         self._origin: dict[Tensor, Tensor] | None = None
@@ -150,10 +159,10 @@ class SAM(Wrapper):
         check_gradients(self)
         self._origin = {}
         if self.perturbs:
-            length = self._gradient_norm()
-            for group in self.param_groups:
-                if _radius(group) > 0:
-                    self._perturb(group, length)
+            found = {p: g for group in self.param_groups for p, g in gradients(group)}
+            for p, epsilon in self.perturbation(found):
+                self._origin[p] = p.detach().clone()
+                p.add_(epsilon)
             if self.model is not None:
                 self._statistics = [(buffer, buffer.clone()) for buffer in _running_statistics(self.model)]
         if zero_grad:
@@ -214,27 +223,23 @@ class SAM(Wrapper):
         if self._origin is not None:
             raise RuntimeError("the weights are at θ + ε after first_step(); call second_step() or restore() first")
 
-    def _gradient_norm(self) -> Tensor:
-        """‖g‖, or ‖|θ| g‖ on adaptive groups, over all parameters: a float64 scalar."""
-        norms: list[Tensor] = []
-        for group in self.param_groups:
-            for p, g in gradients(group):
-                length = norm((g * p if group["adaptive"] else g).reshape(-1))
-                norms.append(length.to(norms[0].device) if norms else length)
-        return norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64)
+    def perturbation(self, gradients: Mapping[Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The parameters that are perturbed, with their ε.
 
-    def _perturb(self, group: Group, length: Tensor) -> None:
-        assert self._origin is not None
-        for p, g in gradients(group):
-            wide = torch.promote_types(p.dtype, torch.float32)
-            self._origin[p] = p.detach().clone()
+        Args:
+            gradients: Of the loss at θ, by parameter.
+        """
+        pairs = [(group, p, gradients[p]) for group in self.param_groups for p in group["params"] if p in gradients]
+        length = _length(pairs)
+        for group, p, g in pairs:
+            if _radius(group) == 0:
+                continue
+            wide = moment_dtype(p)
             direction = g.to(wide) * p.to(wide).square() if group["adaptive"] else g.to(wide)
-            scale = (
-                group["rho"] / (length + TINY)
-                if group["normalize"]
-                else torch.as_tensor(group["rho"], dtype=torch.float64)
-            )
-            p.add_(direction * scale.to(p.device, wide))
+            scale = torch.as_tensor(group["rho"], dtype=torch.float64)
+            if group["normalize"]:
+                scale = group["rho"] / (length + TINY)
+            yield p, direction * scale.to(p.device, wide)
 
 
 def sam_edge(threshold: float, rho: float, gradient_norm: float) -> float:
@@ -259,6 +264,15 @@ def sam_edge(threshold: float, rho: float, gradient_norm: float) -> float:
         return 0.0
     # The root in the form that keeps its digits where ρ is small.
     return 2 * threshold / (1 + math.sqrt(1 + 4 * rho * threshold / gradient_norm))
+
+
+def _length(pairs: Sequence[tuple[Group, Tensor, Tensor]]) -> Tensor:
+    """‖g‖, or ‖|θ| g‖ on adaptive groups, over all parameters: a float64 scalar."""
+    norms: list[Tensor] = []
+    for group, p, g in pairs:
+        length = norm((g * p if group["adaptive"] else g).reshape(-1))
+        norms.append(length.to(norms[0].device) if norms else length)
+    return norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64)
 
 
 def _radius(group: Group) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .base import BaseOptimizer, Group, missing_gradient
+from .base import BaseOptimizer, Group, group_of, missing_gradient, moment_dtype
 from .gradient_snr import gsnr_of, spread_over_size
 from .option_checks import check_choice, check_number
 from .recurrences import average_threshold
@@ -163,16 +163,19 @@ class SGDSaI(BaseOptimizer):
             )
 
     def preconditioner(self, p: Tensor, gradient: Tensor | None = None) -> Tensor:
-        """1 / S in every entry. Before the first step S is that of `gradient` and the gradients that others hold."""
-        group = next((g for g in self.param_groups if any(q is p for q in g["params"])), None)
-        if group is None:
-            raise ValueError(f"`p` {list(p.shape)} is no parameter of this {type(self).__name__}")
+        """1 / S in every entry, ∞ where S is 0.
+
+        Before the first step S is that of `gradient`; with scale="paper" it depends on the gradients of all parameters
+        then, and is not known.
+        """
+        group = group_of(self, p)
         state: Mapping[str, Any] = self.state.get(p, {})
         if "gsnr" not in state:
-            if gradient is None:
+            if gradient is None or group["scale"] == "paper":
                 raise missing_gradient(self)
             state = self._measured({p: gradient}).get(p, {"gsnr": torch.ones(()), "gsnr_max": torch.ones(())})
-        return torch.full_like(p, 1 / _scale(group, state), dtype=torch.promote_types(p.dtype, torch.float32))
+        scale = _scale(group, state)
+        return torch.full_like(p, 1 / scale if scale else math.inf, dtype=moment_dtype(p))
 
     def threshold_of_group(self, group: Group) -> float | None:
         r"""(2 − ηλ)(1 + μ) / ((1 − μ) η).

@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from .base import BaseOptimizer, Group, counted, gradients, group_of, missing_gradient, moment_dtype
 from .option_checks import check_number
+from .torch_geometry import NoPreconditionerError
 
 
 class SignSGD(BaseOptimizer):
@@ -56,17 +57,18 @@ class SignSGD(BaseOptimizer):
 
         Args:
             p: A parameter of this optimizer.
-            gradient: What the next step will see. None: P of the last step; without momentum it is read from `p.grad`,
-                which must still be what that step saw.
+            gradient: What the next step will see. None: P of the last step.
 
         Raises:
-            ValueError: `gradient` is None, and no step was made or `p.grad` was cleared.
+            NoPreconditionerError: a ValueError; `gradient` is None and there is no momentum, which would tell.
         """
         beta = group_of(self, p)["momentum"]
         state = self.state.get(p, {})
         if gradient is not None:
             return magnitude(averaged(momentum_of(state, p), gradient, beta) if beta > 0 else gradient)
-        return magnitude(state["momentum"] if beta > 0 and "momentum" in state else last_gradient(self, p))
+        if beta > 0 and "momentum" in state:
+            return magnitude(state["momentum"])
+        raise gradient_is_gone(self) if p in self.state else missing_gradient(self)
 
 
 def sign_step(p: Tensor, u: Tensor, lr: float | Tensor, weight_decay: float = 0.0) -> None:
@@ -99,16 +101,12 @@ def check_sign_group(group: Group) -> None:
     check_number("weight_decay", group["weight_decay"], least=0)
 
 
-def last_gradient(optimizer: BaseOptimizer, p: Tensor) -> Tensor:
-    """What the last step saw, for methods that keep no copy of it."""
-    if p not in optimizer.state:
-        raise missing_gradient(optimizer)
-    if p.grad is None:
-        raise ValueError(
-            f"{type(optimizer).__name__} keeps no copy of the gradient and p.grad is None: pass `gradient`, or ask "
-            "before zero_grad()"
-        )
-    return p.grad
+def gradient_is_gone(optimizer: BaseOptimizer) -> NoPreconditionerError:
+    """For the P of the last step of a method that keeps no copy of the gradient it saw."""
+    return NoPreconditionerError(
+        f"{type(optimizer).__name__} keeps no copy of the last gradient, so P of the last step is not known any more: "
+        'pass `gradient` (which="next")'
+    )
 
 
 def theoretical_rates(steps: int, order: int) -> tuple[float, float]:

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .base import BaseOptimizer, Closure, Group, counted, gradients, group_of, moment_dtype
+from .base import BaseOptimizer, Closure, Group, counted, gradients, group_of, missing_gradient, moment_dtype
 from .option_checks import check_number
 from .sign import (
     averaged,
     check_sign_group,
-    last_gradient,
     magnitude,
     momentum_of,
     sign_step,
@@ -112,7 +111,9 @@ class SignMomentum2(BaseOptimizer):
         state = self.state.get(p, {})
         if gradient is not None:
             return magnitude(averaged(momentum_of(state, p), gradient, group_of(self, p)["momentum"]))
-        return magnitude(state["momentum"] if "momentum" in state else last_gradient(self, p))
+        if "momentum" not in state:
+            raise missing_gradient(self)
+        return magnitude(state["momentum"])
 
 
 def kept(p: Tensor) -> Tensor:

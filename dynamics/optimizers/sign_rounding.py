@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .base import BaseOptimizer, Group, counted, gradients
+from .base import BaseOptimizer, Group, counted, gradients, missing_gradient
 from .option_checks import check_choice, check_flag, check_number
 from .packed_codes import QuantizedWeight
-from .sign import check_sign_group, last_gradient, magnitude, sign_step
+from .sign import check_sign_group, gradient_is_gone, magnitude, sign_step
 from .weight_grid import SMALLEST_SCALE, Derivative, WeightGrid, as_matrix
 
 PACKED_BITS = (2, 3, 4, 8)
@@ -140,15 +140,16 @@ class SignRound(BaseOptimizer):
 
         Args:
             p: A parameter of this optimizer.
-            gradient: What the next step will see. None: read from `p.grad`, with the grid as it is now.
+            gradient: What the next step will see.
 
         Raises:
-            ValueError: `gradient` is None, and no step was made or `p.grad` was cleared.
+            NoPreconditionerError: a ValueError; `gradient` is None: that of the last step is not kept.
         """
         if p.ndim < 2:
             return torch.full_like(p, torch.inf)
         state = self.state.get(p, {})
-        gradient = last_gradient(self, p) if gradient is None else gradient
+        if gradient is None:
+            raise gradient_is_gone(self) if p in self.state else missing_gradient(self)
         grid = next(grid_of(group) for group, q in self._matrices() if q is p)
         if "weights" not in state:
             begin(state := {}, p.detach().clone(), grid)

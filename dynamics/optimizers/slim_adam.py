@@ -63,9 +63,6 @@ class SlimAdam(BlockwiseAdam):
             found = derive_rules(rules) if isinstance(rules, SNRProfile) else rules or {}
         self.rules = dict(found)
         self._roles: dict[str, TensorRole] = {}
-        if isinstance(model, nn.Module):
-            self._roles = structure(unwrapped(model))
-            check_rules(self.rules, [part for role in self._roles.values() for part in slices(role)])
         defaults: dict[str, Any] = {
             "lr": lr,
             "betas": betas,
@@ -76,6 +73,10 @@ class SlimAdam(BlockwiseAdam):
         super().__init__(params, defaults, model)
         if model is None and self.rules:
             self._warn_of_unused_rules()
+
+    def read_structure(self, model: nn.Module) -> None:
+        self._roles = structure(unwrapped(model))
+        check_rules(self.rules, [part for role in self._roles.values() for part in slices(role)])
 
     def division(self, p: Tensor, name: str) -> Division:
         role = self._roles.get(name, TensorRole(name, tuple(p.shape), "other"))

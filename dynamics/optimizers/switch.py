@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from ...hessian.preconditioned import Root
 from .adapters import adapted
-from .base import Closure, Group
-from .choice import needs_closure
+from .base import Closure, Group, tensor_bytes
+from .closures import needs_closure
 from .wrapper import Wrapper
 
 
@@ -96,13 +96,23 @@ class SwitchSchedule:
         return adapted(self.active).coupled_weight_decay(group)
 
     def stability_threshold(self) -> float | None:
-        """Of the active optimizer, where all its groups share one."""
-        thresholds = {self.threshold_of_group(group) for group in self.param_groups}
-        return thresholds.pop() if len(thresholds) == 1 else None
+        """`stability_threshold_of` the active optimizer."""
+        from .thresholds import stability_threshold_of
+
+        return stability_threshold_of(self.active)
 
     def state_dict(self) -> dict[str, Any]:
         parts = {str(i): optimizer.state_dict() for i, optimizer in enumerate(self.optimizers)}
         return {**parts, "steps_taken": self.steps_taken}
+
+    @property
+    def state(self) -> Mapping[Tensor, Any]:
+        """What the active optimizer keeps, by parameter."""
+        return _innermost(self.active).state
+
+    def state_bytes(self) -> int:
+        """Of all optimizers; what several share counts once."""
+        return tensor_bytes([[list(part.state.values()) for part in _chain(one)] for one in self.optimizers])
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         for i, optimizer in enumerate(self.optimizers):
@@ -123,9 +133,16 @@ class SwitchSchedule:
 
 
 def _innermost(optimizer: Optimizer) -> Optimizer:
+    return _chain(optimizer)[-1]
+
+
+def _chain(optimizer: Optimizer) -> list[Optimizer]:
+    """A wrapper, what it wraps, and so on."""
+    found = [optimizer]
     while isinstance(optimizer, Wrapper):
         optimizer = optimizer.base
-    return optimizer
+        found.append(optimizer)
+    return found
 
 
 def _parameters(optimizer: Optimizer) -> set[int]:

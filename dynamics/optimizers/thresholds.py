@@ -9,11 +9,10 @@ from torch.optim import Optimizer
 
 from .adapters import known_geometry
 from .base import BaseOptimizer
-from .combined import CombinedOptimizer
 from .wrapper import Wrapper
 
 
-def stability_threshold_of(optimizer: Optimizer | CombinedOptimizer) -> float | None:
+def stability_threshold_of(optimizer: Optimizer) -> float | None:
     r"""Largest eigenvalue of P⁻¹ H at which the optimizer's next step θ ← θ − η P⁻¹ m is stable on a quadratic.
 
     For torch.optim.SGD, where P is the identity, it is a Hessian eigenvalue, in units of the sharpness. On the
@@ -61,7 +60,7 @@ def stability_threshold_of(optimizer: Optimizer | CombinedOptimizer) -> float | 
     return thresholds.pop() if len(thresholds) == 1 else None
 
 
-def sharpness_threshold_of(optimizer: Optimizer | CombinedOptimizer) -> float | None:
+def sharpness_threshold_of(optimizer: Optimizer) -> float | None:
     """`stability_threshold_of` where it is a threshold of the sharpness λ_max(H) itself, P being the identity.
 
     None for preconditioned steps, whose threshold lies in their own geometry.
@@ -69,7 +68,7 @@ def sharpness_threshold_of(optimizer: Optimizer | CombinedOptimizer) -> float | 
     return stability_threshold_of(optimizer) if steps_along_gradient(optimizer) else None
 
 
-def steps_along_gradient(optimizer: Optimizer | CombinedOptimizer) -> bool:
+def steps_along_gradient(optimizer: Optimizer) -> bool:
     """Whether P is the identity; an optimizer of which nothing is known but its threshold has it for the sharpness."""
     rule: Any = type(optimizer)
     if isinstance(optimizer, Wrapper):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from .base import BaseOptimizer, Group, tensor_bytes
 
 
 class Wrapper(BaseOptimizer):
-    """Parameter groups are those of `base`, the very same dictionaries: schedulers may be given either.
+    """Parameter groups are those of `base`, the very same list: schedulers may be given either.
 
     `state` holds what the wrapper itself keeps; `state_dict()` has that of `base` under "base".
     """
@@ -26,21 +26,34 @@ class Wrapper(BaseOptimizer):
             )
         self.base = base
         self.options = dict(options)
-        super().__init__(base.param_groups, {**base.defaults, **options})
-        base.param_groups = self.param_groups
+        self.is_made = False
+        super().__init__(self.param_groups, {**base.defaults, **options})
+        self.is_made = True
+
+    @property
+    def param_groups(self) -> list[Group]:  # type: ignore[override]
+        """Those of `base`, with the wrapper's own options in each."""
+        for group in self.base.param_groups:
+            for option, value in self.options.items():
+                group.setdefault(option, value)
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: Any) -> None:
+        """torch assigns a list of its own; the groups are those of `base`."""
 
     def update(self, group: Group) -> None:
         raise NotImplementedError("a wrapper steps as a whole")
 
     def add_param_group(self, param_group: Group) -> None:
-        """Adds parameters to this and to `base`."""
-        if self.base.param_groups is not self.param_groups:  # while being made: the groups are those of base already
-            super().add_param_group(param_group)
+        """Adds parameters to `base`, and so to this."""
+        if not self.is_made:
+            self.check_group(param_group)
             return
         own = {key: param_group.pop(key) for key in self.options if key in param_group}
         self.base.add_param_group(param_group)
         group = self.param_groups[-1]
-        group.update({**self.options, **own})
+        group.update(own)
         try:
             self.check_group(group)
         except Exception:
@@ -65,6 +78,13 @@ class Wrapper(BaseOptimizer):
 
         return adapted(self.base).coupled_weight_decay(group)
 
+    def joint_preconditioner(self, params: Sequence[Tensor]) -> Root | None:
+        """P of all `params` together, where `base` has one; see `PSGD.joint_preconditioner`."""
+        from .adapters import adapted
+
+        jointly = getattr(adapted(self.base), "joint_preconditioner", None)
+        return None if jointly is None else jointly(params)
+
     def state_bytes(self) -> int:
         """Of this and of `base`."""
         return tensor_bytes([list(self.state.values()), list(self.base.state.values())])
@@ -79,4 +99,3 @@ class Wrapper(BaseOptimizer):
             raise ValueError(f"`state_dict` has no 'base'; pass what {type(self).__name__}.state_dict() returned")
         super().load_state_dict(state)
         self.base.load_state_dict(base)
-        self.param_groups = self.base.param_groups

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..data_order import DataOrder
-from ..optimizers.choice import CombinedOptimizer, make_optimizer, needs_closure
+from ..optimizers.choice import make_optimizer
+from ..optimizers.closures import needs_closure
 from ..workloads.models import CharTransformer
 from ..workloads.text import Windows, text_windows
 from .result import Line
@@ -62,7 +63,7 @@ class CharacterTraining:
 
     def train(
         self,
-        optimizer: Optimizer | CombinedOptimizer,
+        optimizer: Optimizer,
         steps: int,
         *,
         before_step: Callable[[int], None] | None = None,
@@ -83,7 +84,7 @@ class CharacterTraining:
 
     def _step(
         self,
-        optimizer: Optimizer | CombinedOptimizer,
+        optimizer: Optimizer,
         step: int,
         before_step: Callable[[int], None] | None,
     ) -> float:

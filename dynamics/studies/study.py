@@ -31,6 +31,7 @@ class Study:
     def run(self, laboratory: Laboratory) -> StudyResult:
         """The whole study."""
         claims, panels = self.investigate(laboratory)
+        setting = self.setting + (" Short version: fewer seeds and steps than that." if laboratory.quick else "")
         return StudyResult(
-            self.name, self.title, self.paper, self.setting, claims, panels, laboratory.quick, laboratory.seconds
+            self.name, self.title, self.paper, setting, claims, panels, laboratory.quick, laboratory.seconds
         )

@@ -60,3 +60,18 @@ def test_the_descent_of_plain_gradient_descent_is_one():
         row = list(BetaCondition().measure(Point(step, objective, state=state, update=update)))[-1]
         assert row.value == pytest.approx(1.0)
     assert set(state) == {"total", "size", "squares"}
+
+
+def test_the_error_of_the_descent_is_its_spread():
+    objective = Objective.from_closure(lambda x: x.sum(), torch.zeros(1, dtype=torch.float64))
+    rng, found, errors = torch.Generator().manual_seed(0), [], []
+    for _ in range(300):
+        state = {}
+        measurement = BetaCondition(window=20)
+        for step in range(100):
+            update = torch.randn(1, generator=rng, dtype=torch.float64)
+            [row] = measurement.measure(Point(step, objective, state=state, update=update))
+        found.append(row.value)
+        errors.append(row.error)
+    spread = torch.tensor(found).std()
+    assert float(torch.tensor(errors).mean()) == pytest.approx(float(spread), rel=0.15)

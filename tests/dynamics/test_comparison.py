@@ -41,3 +41,10 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         compare("SGD,Adma", out=tmp_path)
     with pytest.raises(ValueError, match="'learning_rate', which Adam does not take"):
         compare("SGD,Adam:learning_rate=1", out=tmp_path, **SHORT)
+
+
+def test_an_option_for_all_must_fit_one_of_them_and_reaches_a_base(tmp_path):
+    with pytest.raises(ValueError, match="'foo', which none of SGD, Adam takes"):
+        compare("SGD,Adam", out=tmp_path / "a", optimizer_options={"foo": 1}, **SHORT)
+    found = compare("Adam,SAM:base=Adam", out=tmp_path / "b", optimizer_options={"betas": (0.5, 0.6)}, **SHORT)
+    assert all(tuple(r.options.optimizer_options["betas"]) == (0.5, 0.6) for r in found.results.values())

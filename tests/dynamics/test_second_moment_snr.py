@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from sharpscope.dynamics.monitor import Monitor
+from sharpscope.dynamics.optimizers import SAM
 from sharpscope.dynamics.point import Point
 from sharpscope.dynamics.second_moment_snr import SecondMomentSNR, second_moments
 from sharpscope.dynamics.snr_profile import SNRProfile, derive_rules, snr, snr_of_slices
@@ -161,3 +162,20 @@ def test_without_a_second_moment_it_keeps_an_average_of_its_own(small):
     assert {row.block: row.value for row in rows if row.index == 0}["2.weight over outputs"] == pytest.approx(
         snr(v, (0,))
     )
+
+
+@pytest.mark.parametrize("wrap", [lambda o: o, lambda o: SAM(o, rho=0.1)])
+def test_plain_sgd_has_the_average_of_its_gradients_also_inside_sam(small, wrap):
+    model, objective = small
+    optimizer = wrap(torch.optim.SGD(model.parameters(), lr=0.1))
+    rows = list(SecondMomentSNR().measure(Point(1, objective, optimizer)))
+    v = objective.unflatten(objective.gradient().square())
+    assert {(r.block, r.index): r.value for r in rows}["0.weight over inputs", 0] == snr(v["0.weight"], (1,))
+
+
+def test_inside_sam_adams_own_moments_are_read(small):
+    model, _ = small
+    base = torch.optim.Adam(model.parameters(), lr=1e-2)
+    nn.functional.cross_entropy(model(normal(20, 4)), torch.arange(20) % 3).backward()
+    base.step()
+    assert second_moments(SAM(base), model).keys() == dict(model.named_parameters()).keys()

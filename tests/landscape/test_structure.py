@@ -6,6 +6,7 @@ from sharpscope.dynamics.workloads.models import CharTransformer, digits_cnn, di
 from sharpscope.landscape.blocks import Block, Partition, partition
 from sharpscope.landscape.divisions import adam_mini_divisions, divisions_of
 from sharpscope.landscape.layout import Layout
+from sharpscope.landscape.projections import output_axis
 from sharpscope.landscape.reductions import Piece, Reduction
 from sharpscope.landscape.slim_divisions import slim_divisions
 from sharpscope.landscape.structure import structure
@@ -262,3 +263,32 @@ def test_what_cannot_be_divided_is_said():
         Reduction.joined((4, 2), 0, [Piece(0, 3, (3, 2), ())])
     with pytest.raises(ValueError, match="`head_count` is 2 but `blocks` is not 'head' or 'adam-mini'"):
         partition(model, "neuron", head_count=2)
+
+
+def test_attention_is_known_inside_adapters():
+    class Adapted(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.base_layer = layer
+            self.lora_A, self.lora_B = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_heads = 4
+            self.q_proj, self.v_proj = Adapted(nn.Linear(8, 8)), Adapted(nn.Linear(8, 8))
+            self.k_proj, self.o_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    roles = structure(Attention())
+    assert roles["q_proj.base_layer.weight"].role == "query"
+    assert roles["k_proj.weight"].role == "key"
+
+
+def test_a_linear_layer_whose_weight_is_turned_is_read_by_its_shape():
+    class Turned(nn.Linear):
+        def __init__(self, inputs, outputs):
+            super().__init__(inputs, outputs)
+            self.weight = nn.Parameter(torch.randn(inputs, outputs))
+
+    assert output_axis(Turned(3, 5)) == 1
+    assert output_axis(nn.Linear(3, 5)) == 0

@@ -260,3 +260,11 @@ def test_what_it_cannot_use_is_said():
         optimizer.preconditioner(model[0].weight)
     with pytest.raises(ValueError, match="no parameter of this AdamMini"):
         optimizer.preconditioner(nn.Parameter(torch.ones(2)))
+
+
+def test_modules_added_to_the_model_later_have_their_structure_too():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    optimizer = AdamMini(model.named_parameters(), model=model)
+    model.append(nn.Linear(2, 5))
+    optimizer.add_param_group({"params": list(model[2].named_parameters(prefix="2"))})
+    assert [row.num_blocks for row in optimizer.table() if row.name == "2.weight"] == [5]

@@ -5,10 +5,10 @@ import pytest
 import torch
 from sharpscope.dynamics.optimizers.choice import (
     make_optimizer,
-    needs_closure,
     optimizer_class,
     optimizer_names,
 )
+from sharpscope.dynamics.optimizers.closures import needs_closure
 from sharpscope.dynamics.optimizers.combined import CombinedOptimizer
 from torch import nn
 

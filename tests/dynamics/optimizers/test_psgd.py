@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from sharpscope.dynamics.optimizers.choice import needs_closure
+from sharpscope.dynamics.optimizers.closures import needs_closure
 from sharpscope.dynamics.optimizers.psgd import PSGD
 from sharpscope.dynamics.optimizers.streams import generator
 from sharpscope.dynamics.studies.psgd_problems import absolute_inverse, low_rank_hessian, x_shaped_hessian

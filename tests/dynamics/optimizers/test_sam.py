@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from sharpscope.dynamics.optimizers.accelerated import AcceleratedSGD
-from sharpscope.dynamics.optimizers.choice import needs_closure
+from sharpscope.dynamics.optimizers.closures import needs_closure
 from sharpscope.dynamics.optimizers.langevin import LangevinSGD
 from sharpscope.dynamics.optimizers.sam import SAM, sam_edge
 from torch import nn

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from given_gradients import noise, run
+from sharpscope.dynamics.optimizers import NoPreconditionerError
 from sharpscope.dynamics.optimizers.sign import SignSGD, sign_step, theoretical_rates
 
 
@@ -81,7 +82,8 @@ def test_the_preconditioner_turns_the_direction_into_its_sign(momentum):
         optimizer.step()
         torch.testing.assert_close(p.detach(), before - 0.1 * m / P, rtol=0, atol=1e-15)
         assert math.isinf(P[0])
-        torch.testing.assert_close(optimizer.preconditioner(p), P, rtol=1e-14, atol=0)
+        if momentum:
+            torch.testing.assert_close(optimizer.preconditioner(p), P, rtol=1e-14, atol=0)
 
 
 def test_the_preconditioner_needs_a_gradient():
@@ -91,8 +93,7 @@ def test_the_preconditioner_needs_a_gradient():
         optimizer.preconditioner(p)
     p.grad = torch.ones(2)
     optimizer.step()
-    optimizer.zero_grad()
-    with pytest.raises(ValueError, match=r"p\.grad is None"):
+    with pytest.raises(NoPreconditionerError, match="SignSGD keeps no copy of the last gradient"):
         optimizer.preconditioner(p)
     with pytest.raises(ValueError, match="is no parameter of this SignSGD"):
         optimizer.preconditioner(torch.ones(3), torch.ones(3))

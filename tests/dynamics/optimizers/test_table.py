@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from optimizer_rows import all_rows
+from sharpscope.dynamics.optimizers import NoPreconditionerError
 from sharpscope.dynamics.workloads.digits import digits
 from torch import nn
 
@@ -221,8 +222,10 @@ def test_schedulers_change_its_learning_rate(row):
         before = weights(model)
         stepped(optimizer, None, loss, row)
         scheduler.step()
-        moved = not same(weights(model), before)
-        assert moved if step < 3 else True
+        if step < 3:
+            assert not same(weights(model), before)
+        elif not (row.draws or row.coasts):
+            assert all(torch.allclose(p, q, rtol=0, atol=1e-20) for p, q in zip(weights(model), before, strict=True))
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-30 * optimizer.param_groups[0]["initial_lr"])
 
 
@@ -265,7 +268,7 @@ def test_gradients_of_another_kind_are_refused_before_anything_changes(row, kind
     assert torch.equal(first, before)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if not row.closure and "momentum-" not in row.name], ids=str)
+@pytest.mark.parametrize("row", [row for row in ROWS if not row.closure], ids=str)
 def test_its_step_can_be_compiled(row):
     model, loss = problem()
     plain, plain_loss = problem()
@@ -292,7 +295,11 @@ def test_what_the_monitor_reads_is_there_and_changes_nothing(row):
     before = copy.deepcopy(optimizer.state_dict())
     for p in model.parameters():
         for gradient in (None, p.grad):
-            P = optimizer.preconditioner(p, gradient)
+            try:
+                P = optimizer.preconditioner(p, gradient)
+            except NoPreconditionerError:
+                assert gradient is None  # some keep no copy of the gradient of their last step
+                continue
             if isinstance(P, torch.Tensor):
                 assert P.shape == p.shape
                 assert bool((P > 0).all())

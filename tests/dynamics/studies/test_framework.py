@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from sharpscope.dynamics.studies import STUDIES, Claim, Line, Panel, StudyResult, study_named
+from sharpscope.dynamics.studies import STUDIES, Claim, Line, Panel, StudyResult, laboratory, study_named
 from sharpscope.dynamics.studies.laboratory import Laboratory
 
 calls = []
@@ -64,3 +64,11 @@ def test_every_study_says_what_it_is(name):
 def test_an_unknown_study_is_answered_with_those_near():
     with pytest.raises(ValueError, match="`name` is 'adam-mimi'; near it: 'adam-mini'"):
         study_named("adam-mimi")
+
+
+def test_a_part_is_computed_anew_with_another_library(tmp_path, monkeypatch):
+    calls.clear()
+    Laboratory(tmp_path).part("doubled", doubled, x=1)
+    monkeypatch.setattr(laboratory, "library_mark", lambda: "another")
+    Laboratory(tmp_path).part("doubled", doubled, x=1)
+    assert calls == [1, 1]

@@ -24,6 +24,7 @@ ROWS = [
         "AcceleratedSGD",
         AcceleratedSGD,
         {"lr": 0.1, "gamma": 0.5, "beta": 0.05},
+        coasts=True,
         make=lambda params: AcceleratedSGD(params, **OPTIONS, weight_decay=0.02),
         oracle=acc_sgd,
         # The rest of the group's options follows on both sides: γ keeps its ratio to the first learning rate.
@@ -42,6 +43,7 @@ ROWS = [
         "AcceleratedSGD with tail average",
         AcceleratedSGD,
         {"lr": 0.1, "gamma": 0.5, "beta": 0.05, "average_from": 20},
+        coasts=True,
         note="test_accelerated.py judges the average",
     ),
 ]

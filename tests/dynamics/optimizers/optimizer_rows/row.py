@@ -24,6 +24,7 @@ class OptimizerRow:
         closure: Whether `step` needs a closure.
         steps: Of the parity run.
         note: Where else it is judged.
+        coasts: Whether the parameters move on for a while at a learning rate of zero.
         draws: Whether the steps are random (so that two instances agree only from equal states).
     """
 
@@ -40,6 +41,7 @@ class OptimizerRow:
     steps: int = 200
     note: str = ""
     draws: bool = False
+    coasts: bool = False
 
     def __str__(self) -> str:
         return self.name

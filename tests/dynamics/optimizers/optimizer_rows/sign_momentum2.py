@@ -31,6 +31,7 @@ ROWS = [
         name="SignMomentum2",
         by_options=SignMomentum2,
         descent={"lr": 2e-3},
+        coasts=True,
         make=lambda params: SignMomentum2(params, lr=1e-3, momentum=0.9, weight_decay=0.1),
         oracle=lambda params: Recurrence(params, lr=1e-3, momentum=0.9, weight_decay=0.1),
         second_group={"lr": 3e-3, "momentum": 0.7, "weight_decay": 0.0},
