@@ -14,14 +14,15 @@ test: $(VENV)/installed-test
 test-all: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not gpu'
 
-# The types are checked as installed: in the checkout `api` does not yet stand for `sharpscope`.
+# The types are checked as installed: in the checkout `api` does not yet stand for `sharpscope`. Not below $(VENV), whose
+# name may begin with a dot: pyright passes over such folders.
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/lib build/bdist* $(VENV)/typecheck
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/typecheck .
+	rm -rf build/lib build/bdist* build/typecheck
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/typecheck .
 	rm -rf build/lib build/bdist*
-	cd $(VENV)/typecheck && $(abspath $(BIN))/pyright --pythonpath $(abspath $(BIN))/python sharpscope
+	cd build/typecheck && $(abspath $(BIN))/pyright --pythonpath $(abspath $(BIN))/python sharpscope
 
 # One stamp per set of extras: a second call costs nothing until a file comes or goes. A strict editable install is a
 # real package folder: beside a checkout called `sharpscope`, the other kind would lose to that folder.

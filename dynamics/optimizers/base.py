@@ -67,8 +67,6 @@ class BaseOptimizer(Optimizer):
         """Bytes of the tensors that the optimizer keeps between steps."""
         return tensor_bytes(self.state.values())
 
-    # Traced, every count of steps and every parameter would be a graph of its own.
-    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
         """One step; a `closure` clears the gradients, evaluates the loss, calls backward and returns the loss.
@@ -80,9 +78,7 @@ class BaseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        check_gradients(self)
-        for group in self.param_groups:
-            self.update(group)
+        _untraced(self)
         return loss
 
     def add_param_group(self, param_group: Group) -> None:
@@ -111,6 +107,16 @@ class BaseOptimizer(Optimizer):
         left_out = ("_optimizer_", "_zero_grad", "step")
         own = {key: value for key, value in self.__dict__.items() if not key.startswith(left_out)}
         return {**own, **super().__getstate__()}
+
+
+def _update_all(optimizer: BaseOptimizer) -> None:
+    check_gradients(optimizer)
+    for group in optimizer.param_groups:
+        optimizer.update(group)
+
+
+# Traced, every count of steps and every parameter would be a graph of its own.
+_untraced: Any = torch.compiler.disable(_update_all)
 
 
 def gradients(group: Group) -> Iterator[tuple[Tensor, Tensor]]:

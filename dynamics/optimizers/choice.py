@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,7 +128,7 @@ def _wrapped(chosen: Callable[..., Optimizer], model: nn.Module, options: Mappin
     return chosen(base, **given, **({"model": model} if "model" in own else {}))
 
 
-def _muon(parameters: list[Tensor], options: Mapping[str, Any]) -> Optimizer:
+def _muon(parameters: Sequence[Tensor], options: Mapping[str, Any]) -> Optimizer:
     muon = torch.optim.Muon([p for p in parameters if p.ndim == 2], **options)
     others = [p for p in parameters if p.ndim != 2]
     return CombinedOptimizer([muon, torch.optim.AdamW(others)]) if others else muon

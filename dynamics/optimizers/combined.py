@@ -28,7 +28,7 @@ class CombinedOptimizer(Optimizer):
         return {p: kept for optimizer in self.optimizers for p, kept in optimizer.state.items()}
 
     @state.setter
-    def state(self, value: Any) -> None:
+    def state(self, value: Any) -> None:  # type: ignore[override]
         """torch assigns an empty one; each part has its own."""
 
     def add_param_group(self, param_group: Group) -> None:

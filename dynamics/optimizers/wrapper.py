@@ -39,7 +39,7 @@ class Wrapper(BaseOptimizer):
         return self.base.param_groups
 
     @param_groups.setter
-    def param_groups(self, value: Any) -> None:
+    def param_groups(self, value: Any) -> None:  # type: ignore[override]
         """torch assigns a list of its own; the groups are those of `base`."""
 
     def update(self, group: Group) -> None:
@@ -66,7 +66,7 @@ class Wrapper(BaseOptimizer):
     def preconditioner(self, p: Tensor, gradient: Tensor | None = None) -> Tensor | Root:
         from .adapters import adapted
 
-        return adapted(self.base).preconditioner(p, gradient)
+        return adapted(self.base).preconditioner(p, gradient)  # type: ignore[return-value]
 
     def threshold_of_group(self, group: Group) -> float | None:
         from .adapters import adapted

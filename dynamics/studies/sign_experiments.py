@@ -34,7 +34,7 @@ def exact_statements() -> dict[str, float | None]:
 
 def parity_error(gradients: Tensor) -> float:
     """Largest difference of the weights between Lion and that of lion-pytorch, with weight decay."""
-    from lion_pytorch import Lion as TheirLion
+    from lion_pytorch import Lion as TheirLion  # type: ignore[import-not-found]
 
     p, q = (torch.nn.Parameter(torch.zeros_like(gradients[0])) for _ in range(2))
     ours, theirs = Lion([p], lr=1e-3, weight_decay=0.1), TheirLion([q], lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
