@@ -153,7 +153,9 @@ class EffectiveSharpness:
 
     Args:
         every: Period in steps.
-        which: "current", P of the step that u was, or "next".
+        which: "current", P of the step that u was, or "next". What is left of it: of 4-bit moments it is the decoded
+            one, and Adadelta's has taken in the step itself. Methods that keep no copy of the gradient, such as Lion,
+            have none, and no row.
     """
 
     every: int | None = None

@@ -62,7 +62,16 @@ def adapted(optimizer: Optimizer) -> Geometry:
 
 
 def known_geometry(optimizer: Optimizer) -> Geometry | None:
-    """As `adapted`, or None where the optimizer is not known."""
+    """As `adapted`, or None where the optimizer is not known.
+
+    Raises:
+        TypeError: it is no optimizer.
+    """
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(
+            f"`optimizer` is a {type(optimizer).__name__}; pass the optimizer in training, such as "
+            "torch.optim.SGD(model.parameters(), lr=0.1)"
+        )
     if isinstance(optimizer, Geometry):
         return optimizer
     if isinstance(optimizer, CombinedOptimizer):

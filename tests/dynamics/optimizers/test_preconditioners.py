@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sharpscope.dynamics.optimizers import PSGD
+from sharpscope.dynamics.optimizers import PSGD, stability_threshold_of
 from sharpscope.dynamics.optimizers.block_diagonal_root import BlockDiagonalRoot
 from sharpscope.dynamics.optimizers.combined import CombinedOptimizer
 from sharpscope.dynamics.optimizers.preconditioners import preconditioner_of
@@ -220,3 +220,22 @@ def test_an_infinite_preconditioner_stands_still(case):
     assert torch.equal(P.moves, g > 0)
     assert torch.equal(P.inverse(g), g.clamp(min=0.0))
     assert P.num_not_held == int((g <= 0).sum())
+
+
+def read_preconditioner(optimizer):
+    return preconditioner_of(optimizer, Objective.from_closure(torch.sum, torch.ones(2)))
+
+
+@pytest.mark.parametrize("read", [stability_threshold_of, read_preconditioner])
+def test_what_is_no_optimizer_is_refused(read):
+    with pytest.raises(TypeError, match="`optimizer` is a str; pass the optimizer in training"):
+        read("Adam")
+
+
+def test_what_is_no_objective_is_refused(case):
+    model, objective = case
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="`objective` is a Sequential; give an Objective"):
+        preconditioner_of(optimizer, model)
+    with pytest.raises(ValueError, match=r"`gradient` has shape \[3\]"):
+        preconditioner_of(optimizer, objective, gradient=torch.zeros(3))
