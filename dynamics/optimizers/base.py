@@ -28,7 +28,9 @@ class BaseOptimizer(Optimizer):
     """
 
     def __init__(self, params: ParamsT, defaults: Mapping[str, Any]) -> None:
+        global _untraced
         super().__init__(params, dict(defaults))
+        _untraced = _untraced or torch.compiler.disable(_update_all)
 
     @abstractmethod
     def update(self, group: Group) -> None:
@@ -78,7 +80,7 @@ class BaseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        _untraced(self)
+        (_untraced or _update_all)(self)
         return loss
 
     def add_param_group(self, param_group: Group) -> None:
@@ -115,8 +117,9 @@ def _update_all(optimizer: BaseOptimizer) -> None:
         optimizer.update(group)
 
 
-# Traced, every count of steps and every parameter would be a graph of its own.
-_untraced: Any = torch.compiler.disable(_update_all)
+# `_update_all` as torch.compile passes it over: traced, every count of steps and every parameter would be a graph of
+# its own. Made with the first optimizer, for the compiler takes a second to load.
+_untraced: Any = None
 
 
 def gradients(group: Group) -> Iterator[tuple[Tensor, Tensor]]:
