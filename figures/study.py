@@ -15,6 +15,7 @@ from .style import BAND_ALPHA, COLORS, DASHES, GREY, HOUSE, MARKERS, dress, end_
 COLUMNS = 2
 PANEL_SIZE = (3.6, 2.7)  # inches
 CHARACTERS = 62  # of the caption, under one panel
+TITLE = 40  # characters a line
 MANY = 4  # more lines than these have a small legend that may lie over them
 
 
@@ -61,7 +62,7 @@ def draw_panel(ax: Axes, panel: Panel) -> None:
         ax.axhline(level, color=GREY, linewidth=1.0, linestyle=(0, (4, 2)))
         end_label(ax, level, name, GREY)
     dress(ax)
-    ax.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+    ax.set(title=textwrap.fill(panel.title, TITLE), xlabel=panel.x_label, ylabel=panel.y_label)
     if len(panel.lines) > 1 or (panel.lines and panel.lines[0].label):
         many = len(panel.lines) > MANY
         ax.legend(fontsize=6 if many else 8, frameon=many, framealpha=0.85, edgecolor="none", labelspacing=0.3)
