@@ -22,6 +22,7 @@ from .optimizers.preconditioners import Idle, Preconditioner, Which, preconditio
 from .optimizers.torch_geometry import NoPreconditionerError
 from .point import Point
 from .row import Row
+from .spectra_measurements import eigenvalue_rows
 
 # Relative residual of the solve for uᵀ P u where P is no diagonal.
 SOLVE_TOL = 1e-6
@@ -73,18 +74,7 @@ class PreconditionedSharpness:
         pairs, spent = _eigenvalues(
             self, P.operator(point.hessian()), point, f"preconditioned {self.which} {self.idle}"
         )
-        for i in range(self.num):
-            first = i == 0
-            yield Row(
-                self.name,
-                float(pairs.values[i]),
-                float(pairs.value_bounds[i]),
-                index=i,
-                converged=pairs.converged,
-                products=pairs.products if first and spent else 0,
-                seconds=pairs.seconds if first and spent else 0.0,
-                arrays={"vectors": pairs.vectors} if first and self.keep_vectors else None,
-            )
+        yield from eigenvalue_rows(self.name, pairs, keep_vectors=self.keep_vectors, spent=spent)
         yield Row("zero_second_moment", P.zero_share, error=0.0)
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from ..hessian.block_spectra import block_spectra
+from ..hessian.eigs import EigenPairs
 from ..hessian.slq import spectral_density
 from ..hessian.trace import trace
 from ..hessian.tracking import EigenTracker
@@ -59,19 +60,7 @@ class Sharpness:
             seed=self.seed,
             state=point.state,
         )
-        pairs = tracker.measure(point.hessian())
-        for i in range(self.num):
-            first = i == 0
-            yield Row(
-                self.name,
-                float(pairs.values[i]),
-                float(pairs.value_bounds[i]),
-                index=i,
-                converged=pairs.converged,
-                products=pairs.products if first else 0,
-                seconds=pairs.seconds if first else 0.0,
-                arrays={"vectors": pairs.vectors} if first and self.keep_vectors else None,
-            )
+        yield from eigenvalue_rows(self.name, tracker.measure(point.hessian()), keep_vectors=self.keep_vectors)
 
 
 @dataclass(frozen=True)
@@ -198,3 +187,23 @@ class BlockSpectra:
                 seconds=spectrum.seconds,
             )
         yield Row(self.name, spectra.heterogeneity().js_divergence_mean, converged=spectra.converged, arrays=arrays)
+
+
+def eigenvalue_rows(name: str, pairs: EigenPairs, *, keep_vectors: bool, spent: bool = True) -> Iterator[Row]:
+    """A row for each pair; what was spent, and the vectors, stand on index 0.
+
+    Args:
+        spent: Whether the products were made for this measurement, not shared with another one.
+    """
+    for i, value in enumerate(pairs.values.tolist()):
+        first = i == 0
+        yield Row(
+            name,
+            value,
+            float(pairs.value_bounds[i]),
+            index=i,
+            converged=pairs.converged,
+            products=pairs.products if first and spent else 0,
+            seconds=pairs.seconds if first and spent else 0.0,
+            arrays={"vectors": pairs.vectors} if first and keep_vectors else None,
+        )

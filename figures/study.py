@@ -71,7 +71,7 @@ def draw_panel(ax: Axes, panel: Panel) -> None:
 def _line(ax: Axes, line: Line, i: int) -> None:
     x, y = np.asarray(line.x, dtype=float), np.asarray(line.y, dtype=float)
     color, dash, marker = (cycle[i % len(cycle)] for cycle in (COLORS, DASHES, MARKERS))
-    shown = marker if line.marker else "none"
+    shown = marker if line.marker or len(x) == 1 else "none"  # one point makes no line
     ax.plot(x, y, color=color, linestyle=dash, marker=shown, markersize=3.5, linewidth=1.3, label=line.label)
     if line.error is not None:
         error = np.asarray(line.error, dtype=float)

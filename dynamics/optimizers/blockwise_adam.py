@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -63,9 +64,9 @@ class BlockwiseAdam(BaseOptimizer):
         # A copy of the optimizer is none of the model.
         return {**super().__getstate__(), "model": None}
 
+    @abstractmethod
     def division(self, p: Tensor, name: str) -> Division:
         """How a tensor is divided; `name` is that in the model, else as given to the optimizer, else its place."""
-        raise NotImplementedError
 
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
