@@ -1,6 +1,6 @@
 """The papers behind the toolkit, replicated: one file each, with claims that hold here or do not."""
 
 from .catalogue import STUDIES, study, study_named
-from .result import Claim, Line, Panel, StudyResult
+from .result import Claim, Heat, Line, Panel, StudyResult
 
-__all__ = ["STUDIES", "Claim", "Line", "Panel", "StudyResult", "study", "study_named"]
+__all__ = ["STUDIES", "Claim", "Heat", "Line", "Panel", "StudyResult", "study", "study_named"]

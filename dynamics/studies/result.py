@@ -38,18 +38,35 @@ class Claim:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve y(x) with an optional half-width of its band."""
+    """A curve y(x) with an optional half-width of its band; with `points` dots that no line joins."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     error: Sequence[float] | None = None
     marker: bool = False
+    points: bool = False
+
+
+@dataclass(frozen=True)
+class Heat:
+    """Cells of colour: values[j][i] at (x[i], y[j]), None for an empty one; `label` names the colour bar."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    values: Sequence[Sequence[float | None]]
+    label: str
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.values) != len(self.y) or any(len(row) != len(self.x) for row in self.values):
+            shape = (len(self.values), *{len(row) for row in self.values})
+            raise ValueError(f"`values` is {shape} for {len(self.y)} y and {len(self.x)} x; give a row of x for each y")
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes. `levels` are named horizontal lines."""
+    """One pair of axes: lines over the cells of `heat`. `levels` are named horizontal lines."""
 
     title: str
     x_label: str
@@ -58,6 +75,7 @@ class Panel:
     x_log: bool = False
     y_log: bool = False
     levels: Mapping[str, float] = field(default_factory=dict)
+    heat: Heat | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +105,7 @@ class StudyResult:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> StudyResult:
-        panels = [Panel(**{**p, "lines": [Line(**line) for line in p["lines"]]}) for p in content["panels"]]
+        panels = [_panel(panel) for panel in content["panels"]]
         claims = [Claim(**claim) for claim in content["claims"]]
         return cls(**{**content, "claims": claims, "panels": panels})
 
@@ -101,6 +119,12 @@ class StudyResult:
         lines = [f"## {self.title}", "", f"{self.paper}", "", f"{self.setting}", ""]
         lines += [_row(head), _row(["---"] * len(head)), *(_row(row) for row in rows)]
         return "\n".join(lines) + "\n"
+
+
+def _panel(content: Mapping[str, Any]) -> Panel:
+    heat = content.get("heat")
+    lines = [Line(**line) for line in content["lines"]]
+    return Panel(**{**content, "lines": lines, "heat": None if heat is None else Heat(**heat)})
 
 
 def _row(cells: Sequence[str]) -> str:
