@@ -229,29 +229,34 @@ def plot_command(
 def study_command(
     name: Annotated[str | None, typer.Argument(help="Which; without a name they are listed.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer seeds and steps: less than a minute.")] = False,
-    every: Annotated[bool, typer.Option("--all", help="All of them, one after the other.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder of the result; default runs/studies/NAME.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All of them, on all cores, and the replication table.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Only the table, of the results that are there.")] = False,
+    jobs: Annotated[int, typer.Option(help="Processes of --all; -1 for one per core.")] = -1,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the result, default runs/studies/NAME; of --all: runs/studies.")
+    ] = None,
 ) -> None:
     """Put the claims of a paper to the test: what is claimed, what was measured here, whether it holds.
 
     The exit code is 0 when the study ran whole, whatever it found. A study that was stopped goes on where it was.
     """
     from .dynamics.studies import STUDIES, study_named
+    from .dynamics.studies.catalogue import default_studies_folder
 
-    if name is None and not every:
+    if name is not None and (every or table):
+        raise ValueError(f"`name` is {name!r} and --{'all' if every else 'table'} is given; give one of them")
+    if every or table:
+        folder = default_studies_folder(quick=quick) if out is None else out
+        _all_studies(folder, quick, jobs) if every else _replication_table(folder)
+    elif name is None:
         studies = [study_named(known) for known in STUDIES]
         show("studies", ("name", "subject", "paper"), ((s.name, s.title, s.paper) for s in studies))
-        return
-    if name is not None and every:
-        raise ValueError(f"`name` is {name!r} and --all is given; give one of them")
-    for chosen in STUDIES if name is None else [name]:
-        _study(chosen, quick, out if name is not None or out is None else out / chosen)
+    else:
+        _study(name, quick, out)
 
 
 def _study(name: str, quick: bool, out: Path | None) -> None:
     from .dynamics.studies.catalogue import default_study_folder, study
-    from .figures.study import study_figure
-    from .figures.style import save
 
     folder = default_study_folder(name, quick=quick) if out is None else out
     result = study(name, quick=quick, out=folder, say=lambda part: say(f"... {part}"))
@@ -259,10 +264,53 @@ def _study(name: str, quick: bool, out: Path | None) -> None:
     rows = ((c.statement, c.source, c.expected, c.measured, c.verdict, c.note) for c in result.claims)
     show(f"{result.title} ({result.paper})", columns, rows)
     say(result.setting)
+    _draw(result, folder)
+    say(f"{result.held} of {result.judged} claims hold; {result.seconds:.0f} s; {folder}")
+
+
+def _all_studies(folder: Path, quick: bool, jobs: int) -> None:
+    from tqdm import tqdm
+
+    from .dynamics.studies import STUDIES
+    from .dynamics.studies.replication import replicate
+
+    failed = {}
+    for name, result in tqdm(replicate(folder, quick=quick, jobs=jobs), total=len(STUDIES), unit="study"):
+        if isinstance(result, str):
+            failed[name] = result
+            say(f"{name} failed: {result}")
+            continue
+        _draw(result, folder / name)
+        _replication_table(folder, quiet=True)
+        say(f"{name}: {result.held} of {result.judged} claims hold; {result.seconds:.0f} s")
+    _replication_table(folder)
+    if failed:
+        raise ValueError(
+            f"{len(failed)} of {len(STUDIES)} studies did not run whole: {', '.join(failed)}; see {folder}"
+        )
+
+
+def _replication_table(folder: Path, *, quiet: bool = False) -> None:
+    from .dynamics.atomic_files import write_atomically
+    from .dynamics.studies.replication import SUMMARY_HEAD, TABLE, kept_results, replication_markdown, summary_rows
+    from .figures.replication import replication_html
+
+    results = kept_results(folder)
+    if not results:
+        raise ValueError(f"`out` {folder} holds no result of a study; `sharpscope study --all` makes them")
+    write_atomically(folder / f"{TABLE}.md", replication_markdown(results).encode())
+    write_atomically(folder / f"{TABLE}.html", replication_html(results).encode())
+    if not quiet:
+        show("replication", SUMMARY_HEAD, summary_rows(results))
+        say(f"table {folder / TABLE}.md, {folder / TABLE}.html")
+
+
+def _draw(result: Any, folder: Path) -> None:
+    from .figures.study import study_figure
+    from .figures.style import save
+
     if result.panels:
         save(study_figure(result), folder / "study.png")
-    judged = [claim.holds for claim in result.claims if claim.holds is not None]
-    say(f"{sum(judged)} of {len(judged)} claims hold; {result.seconds:.0f} s; {folder}")
 
 
 @app.command("doctor")

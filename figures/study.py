@@ -8,14 +8,16 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 
-from ..dynamics.studies.result import Line, Panel, StudyResult
-from .style import BAND_ALPHA, COLORS, DASHES, GREY, HOUSE, MARKERS, dress, end_label, log_axis, style
+from ..dynamics.studies.result import Heat, Line, Panel, StudyResult
+from .style import BAND_ALPHA, COLORS, DASHES, GREY, HEAT, HOUSE, MARKERS, color_bar, dress, end_label, log_axis, style
 
 COLUMNS = 2
 PANEL_SIZE = (3.6, 2.7)  # inches
 CHARACTERS = 62  # of the caption, under one panel
 TITLE = 40  # characters a line
+POINT, CLOUD = 2.0, 1000  # size of dots where there are more than so many; larger where there are fewer
 MANY = 4  # more lines than these have a small legend that may lie over them
 
 
@@ -51,31 +53,61 @@ def study_figure(result: StudyResult) -> Axes:
 
 
 def draw_panel(ax: Axes, panel: Panel) -> None:
-    """Lines with their bands, named levels, a legend where there is more than one line."""
+    """Cells, lines with their bands over them, named levels, a legend where there is more than one line."""
+    if panel.heat is not None:
+        _cells(ax, panel, panel.heat)
+    over_cells = panel.heat is not None
     for i, line in enumerate(panel.lines):
-        _line(ax, line, i)
+        _line(ax, line, i + over_cells, halo=over_cells)  # the first colour is that of the cells
+    cells = [] if panel.heat is None else [panel.heat]
     if panel.x_log:
-        _log(ax, "x", [line.x for line in panel.lines])
+        _log(ax, "x", [source.x for source in (*panel.lines, *cells)])
     if panel.y_log:
-        _log(ax, "y", [line.y for line in panel.lines])
+        _log(ax, "y", [source.y for source in (*panel.lines, *cells)])
     for name, level in panel.levels.items():
         ax.axhline(level, color=GREY, linewidth=1.0, linestyle=(0, (4, 2)))
         end_label(ax, level, name, GREY)
-    dress(ax)
+    dress(ax, grid=None if panel.heat is not None else "y")
     ax.set(title=textwrap.fill(panel.title, TITLE), xlabel=panel.x_label, ylabel=panel.y_label)
     if len(panel.lines) > 1 or (panel.lines and panel.lines[0].label):
         many = len(panel.lines) > MANY
-        ax.legend(fontsize=6 if many else 8, frameon=many, framealpha=0.85, edgecolor="none", labelspacing=0.3)
+        framed = many or panel.heat is not None
+        ax.legend(fontsize=6 if many else 8, frameon=framed, framealpha=0.85, edgecolor="none", labelspacing=0.3)
 
 
-def _line(ax: Axes, line: Line, i: int) -> None:
+def _line(ax: Axes, line: Line, i: int, *, halo: bool) -> None:
     x, y = np.asarray(line.x, dtype=float), np.asarray(line.y, dtype=float)
     color, dash, marker = (cycle[i % len(cycle)] for cycle in (COLORS, DASHES, MARKERS))
+    if line.points:
+        size = POINT if len(x) > CLOUD else 2 * POINT
+        ax.plot(x, y, color=color, linestyle="none", marker=".", markersize=size, markeredgewidth=0, label=line.label)
+        return
     shown = marker if line.marker or len(x) == 1 else "none"  # one point makes no line
-    ax.plot(x, y, color=color, linestyle=dash, marker=shown, markersize=3.5, linewidth=1.3, label=line.label)
+    effects = [withStroke(linewidth=3.5, foreground="white")] if halo else []
+    look = {"color": color, "linestyle": dash, "marker": shown, "markersize": 3.5, "linewidth": 1.3}
+    ax.plot(x, y, **look, label=line.label, path_effects=effects)
     if line.error is not None:
         error = np.asarray(line.error, dtype=float)
         ax.fill_between(x, y - error, y + error, color=color, alpha=BAND_ALPHA, linewidth=0)
+
+
+def _cells(ax: Axes, panel: Panel, heat: Heat) -> None:
+    values = np.array([[math.nan if v is None else v for v in row] for row in heat.values], dtype=float)
+    edges = [_edges(heat.x, panel.x_log), _edges(heat.y, panel.y_log)]
+    mesh = ax.pcolormesh(*edges, np.ma.masked_invalid(values), cmap=HEAT, norm="log" if heat.log else None)
+    color_bar(ax, mesh, heat.label)
+
+
+def _edges(centres: Sequence[float], log: bool) -> np.ndarray:
+    """Borders half way between neighbours, on the axis as it is drawn."""
+    x = np.asarray(centres, dtype=float)
+    x = np.log(x) if log else x
+    if len(x) == 1:
+        edges = np.array([x[0] - 0.5, x[0] + 0.5])
+    else:
+        middle = (x[1:] + x[:-1]) / 2
+        edges = np.concatenate([[2 * x[0] - middle[0]], middle, [2 * x[-1] - middle[-1]]])
+    return np.exp(edges) if log else edges
 
 
 def _log(ax: Axes, which: str, data: list[Sequence[float]]) -> None:

@@ -43,8 +43,19 @@ def study_named(name: str) -> Study:
 
 
 def default_study_folder(name: str, *, quick: bool) -> Path:
-    """runs/studies/NAME, with -quick for the short version."""
-    return Path(DEFAULT_PARENT) / (f"{name}-quick" if quick else name)
+    """runs/studies/NAME, runs/studies-quick/NAME for the short version."""
+    return default_studies_folder(quick=quick) / name
+
+
+def default_studies_folder(*, quick: bool) -> Path:
+    """runs/studies, or runs/studies-quick for short versions."""
+    return Path(f"{DEFAULT_PARENT}-quick" if quick else DEFAULT_PARENT)
+
+
+def kept_result(folder: Path) -> StudyResult | None:
+    """What a study wrote into its folder, or None where it has not run whole."""
+    path = folder / RESULT
+    return StudyResult.from_json(json.loads(path.read_text())) if path.is_file() else None
 
 
 def study(
@@ -71,6 +82,6 @@ def study(
     except OSError as error:
         raise ValueError(f"`out` {folder} cannot be made ({error.strerror}); give a writable folder") from error
     result = chosen.run(Laboratory(folder, quick=quick, say=say))
-    write_atomically(folder / RESULT, json.dumps(result.to_json(), indent=1).encode() + b"\n")
+    write_atomically(folder / RESULT, json.dumps(result.to_json()).encode() + b"\n")
     write_atomically(folder / TABLE, result.markdown().encode())
     return result

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib
-import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
-
 from ..atomic_files import write_atomically
-
-PACKAGES = ("landscape", "hessian", "dynamics", "kernels")
+from .source_mark import source_mark
 
 
 class Laboratory:
@@ -35,15 +29,15 @@ class Laboratory:
         self._say = say or (lambda text: None)
 
     def part(self, name: str, compute: Callable[..., Any], **settings: Any) -> Any:
-        """`compute(**settings)`, or what an earlier process kept of it under the same name, settings and source code,
-        that of the whole library.
+        """`compute(**settings)`, or what an earlier process kept of it under the same name and settings and from
+        the same source code; see `source_mark`.
 
         Args:
             name: Short, unique within the study.
             compute: Returns numbers, strings, lists and dictionaries of them, which JSON keeps.
             settings: Likewise; decide the result together with the code of `compute`.
         """
-        key = json.dumps([library_mark(), inspect.getsource(compute), settings], sort_keys=True)
+        key = json.dumps([source_mark(compute), settings], sort_keys=True)
         path = None if self.folder is None else self.folder / "parts" / f"{name}.json"
         mark = hashlib.sha256(key.encode()).hexdigest()
         if path is not None and path.is_file():
@@ -62,14 +56,3 @@ class Laboratory:
             content = {"mark": mark, "seconds": seconds, "settings": settings, "value": value}
             write_atomically(path, json.dumps(content).encode())
         return value
-
-
-@functools.cache
-def library_mark() -> str:
-    """A hash of the library's source, so that nothing is kept that other code has measured."""
-    found = hashlib.sha256(torch.__version__.encode())
-    for package in PACKAGES:
-        folder = Path(str(importlib.import_module(f"...{package}", __package__).__file__)).parent
-        for path in sorted(folder.rglob("*.py")):
-            found.update(path.read_bytes())
-    return found.hexdigest()

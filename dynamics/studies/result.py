@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -89,6 +89,7 @@ class StudyResult:
         panels: Of its figure.
         quick: Whether it was the short version.
         seconds: Measured time of all parts, those of earlier processes too.
+        origin: Versions, time and command of the process that wrote it.
     """
 
     name: str
@@ -99,6 +100,22 @@ class StudyResult:
     panels: Sequence[Panel]
     quick: bool
     seconds: float
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def held(self) -> int:
+        """Claims that hold."""
+        return sum(claim.holds is True for claim in self.claims)
+
+    @property
+    def judged(self) -> int:
+        """Claims that hold or do not; the others are numbers that are reported."""
+        return sum(claim.holds is not None for claim in self.claims)
+
+    @property
+    def command(self) -> str:
+        """What makes it again."""
+        return f"sharpscope study {self.name}" + (" --quick" if self.quick else "")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -116,9 +133,12 @@ class StudyResult:
             for c in self.claims
         ]
         head = ("claim", "source", "expected", "measured", "verdict")
-        lines = [f"## {self.title}", "", f"{self.paper}", "", f"{self.setting}", ""]
-        lines += [_row(head), _row(["---"] * len(head)), *(_row(row) for row in rows)]
-        return "\n".join(lines) + "\n"
+        return f"## {self.title}\n\n{self.paper}\n\n{self.setting}\n\n{markdown_table(head, rows)}"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose cells may hold anything."""
+    return "".join(f"{_row(cells)}\n" for cells in (head, ["---"] * len(head), *rows))
 
 
 def _panel(content: Mapping[str, Any]) -> Panel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..provenance import origin
 from .laboratory import Laboratory
 from .result import Claim, Panel, StudyResult
 
@@ -33,5 +34,5 @@ class Study:
         claims, panels = self.investigate(laboratory)
         setting = self.setting + (" Short version: fewer seeds and steps than that." if laboratory.quick else "")
         return StudyResult(
-            self.name, self.title, self.paper, setting, claims, panels, laboratory.quick, laboratory.seconds
+            self.name, self.title, self.paper, setting, claims, panels, laboratory.quick, laboratory.seconds, origin()
         )

@@ -69,6 +69,6 @@ def test_an_unknown_study_is_answered_with_those_near():
 def test_a_part_is_computed_anew_with_another_library(tmp_path, monkeypatch):
     calls.clear()
     Laboratory(tmp_path).part("doubled", doubled, x=1)
-    monkeypatch.setattr(laboratory, "library_mark", lambda: "another")
+    monkeypatch.setattr(laboratory, "source_mark", lambda function: "another")
     Laboratory(tmp_path).part("doubled", doubled, x=1)
     assert calls == [1, 1]
