@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,7 +44,8 @@ def replicate(
     if jobs == 0 or jobs < -1:
         raise ValueError(f"`jobs` is {jobs}; give a number of processes >= 1, or -1 for one per core")
     calls = (delayed(_attempt)(name, folder / name, quick) for name in (STUDIES if names is None else names))
-    yield from Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch="all")(calls)
+    parallel: Any = Parallel(n_jobs=jobs, return_as="generator_unordered", pre_dispatch="all")
+    yield from parallel(calls)
 
 
 def _attempt(name: str, folder: Path, quick: bool) -> tuple[str, StudyResult | str]:
