@@ -11,6 +11,8 @@ from typing import Any
 from ..landscape.selection import near_names
 from . import (
     beta_condition,
+    coherence_measurement,
+    gradient_noise,
     measurements,
     optimizer_measurements,
     preconditioned_measurements,
@@ -30,6 +32,8 @@ MODULES = (
     sam_sharpness,
     second_moment_snr,
     beta_condition,
+    gradient_noise,
+    coherence_measurement,
 )
 
 

@@ -4,49 +4,22 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor, nn
 
 from ..landscape.slim_divisions import Rule, Slice, slices
+from ..landscape.spatial_snr import Average, snr
 from ..landscape.structure import TensorRole, structure
 
 if TYPE_CHECKING:
     from .trajectory import Trajectory
 
-Average = Literal["mean", "median"]
 # Above it the variance along K is smaller than the squared mean.
 CUTOFF = 1.0
 NEVER_COMPRESSED = ("norm", "bias")
-
-
-def snr(v: Tensor, dims: Sequence[int], *, average: Average = "mean") -> float:
-    """SNR_K(v) = the average, over all other dimensions, of mean_K(v)² / var_K(v).
-
-    Args:
-        v: Second moments, any shape.
-        dims: K.
-        average: "mean" as in the paper; "median", which a few nearly constant slices do not decide.
-
-    Returns:
-        Population variance; slices that are constant along K have no finite ratio and are left out. Infinite when all
-        are such, NaN when all are zero.
-
-    Source: Kalra et al., When Can You Get Away with Low Memory Adam?, 2025.
-    """
-    v = v.detach().double()
-    dims = tuple(dims)
-    if not dims:
-        raise ValueError("`dims` is empty; name at least one dimension to compare entries along")
-    variance, mean = torch.var_mean(v, dims, correction=0)
-    ratio = mean.square() / variance
-    finite = ratio[ratio.isfinite()]
-    if finite.numel() == 0:
-        return math.inf if bool(ratio.isinf().any()) else math.nan
-    return float(finite.mean() if average == "mean" else finite.median())
 
 
 @dataclass(frozen=True)

@@ -137,10 +137,19 @@ class Density:
 class BlockSpectra:
     """Spectrum of every diagonal block of the Hessian, and how much the blocks differ.
 
-    Rows: "block_sharpness" for each block, its largest eigenvalue with the residual bound; and one under the
-    measurement's name, the mean Jensen-Shannon divergence between blocks in nats, with arrays "js_divergence"
-    [B, B] and for each block "NAME/nodes" and "NAME/weights", the eigenvalues found and their shares, and
-    "NAME/size_and_noise" [2], its number of coordinates and the magnitude at which eigenvalues cannot be told from 0.
+    Rows, for each block:
+        "block_sharpness": its largest eigenvalue, with the residual bound.
+        "block_effective_rank": (Σ |λ|)² / Σ λ².
+        "block_negative_mass": Σ_{λ<0} |λ| / Σ |λ|.
+    Rows of the whole model, as in `Heterogeneity`, under the measurement's name NAME:
+        NAME: mean Jensen-Shannon divergence between blocks on the axis log10 |λ|, in nats, at most ln 2 = 0.693, with
+            its standard error over probes. Arrays "js_divergence" [B, B] and for each block "BLOCK/nodes" and
+            "BLOCK/weights", the eigenvalues found and their shares, and "BLOCK/size_and_noise" [2], its number of
+            coordinates and the magnitude at which eigenvalues cannot be told from 0.
+        "NAME_max": that of the two blocks that differ most.
+        "NAME_linear": the mean on the axis λ, which sees little of blocks much smaller than the largest.
+        "NAME_scale_ratio": largest over smallest max |λ| of a block, with what the residuals may change.
+        "NAME_scale_spread": standard deviation of log10 max |λ| over blocks, in decades.
 
     Args:
         every: Period in steps.
@@ -186,7 +195,15 @@ class BlockSpectra:
                 products=spectrum.products,
                 seconds=spectrum.seconds,
             )
-        yield Row(self.name, spectra.heterogeneity().js_divergence_mean, converged=spectra.converged, arrays=arrays)
+            yield Row("block_effective_rank", spectrum.effective_rank, block=block)
+            yield Row("block_negative_mass", spectrum.negative_mass, block=block)
+        found, linear = spectra.heterogeneity(), spectra.heterogeneity(axis="linear")
+        sure = spectra.converged
+        yield Row(self.name, found.js_divergence_mean, found.js_divergence_stderr, converged=sure, arrays=arrays)
+        yield Row(f"{self.name}_max", found.js_divergence_max, converged=sure)
+        yield Row(f"{self.name}_linear", linear.js_divergence_mean, linear.js_divergence_stderr, converged=sure)
+        yield Row(f"{self.name}_scale_ratio", found.scale_ratio, found.scale_ratio_error, converged=sure)
+        yield Row(f"{self.name}_scale_spread", found.scale_spread, converged=sure)
 
 
 def eigenvalue_rows(name: str, pairs: EigenPairs, *, keep_vectors: bool, spent: bool = True) -> Iterator[Row]:

@@ -17,7 +17,8 @@ COLUMNS = 2
 PANEL_SIZE = (3.6, 2.7)  # inches
 CHARACTERS = 62  # of the caption, under one panel
 TITLE = 40  # characters a line
-POINT, CLOUD = 2.0, 1000  # size of dots where there are more than so many; larger where there are fewer
+FEW_CELLS = 8  # so many have a tick each
+POINT, CLOUD = 2.0, 300  # size of dots where there are more than so many
 MANY = 4  # more lines than these have a small legend that may lie over them
 
 
@@ -77,10 +78,11 @@ def draw_panel(ax: Axes, panel: Panel) -> None:
 
 def _line(ax: Axes, line: Line, i: int, *, halo: bool) -> None:
     x, y = np.asarray(line.x, dtype=float), np.asarray(line.y, dtype=float)
-    color, dash, marker = (cycle[i % len(cycle)] for cycle in (COLORS, DASHES, MARKERS))
+    color = COLORS[i % len(COLORS)]
+    dash, marker = (cycle[(i + i // len(COLORS)) % len(cycle)] for cycle in (DASHES, MARKERS))  # no two alike
     if line.points:
-        size = POINT if len(x) > CLOUD else 2 * POINT
-        ax.plot(x, y, color=color, linestyle="none", marker=".", markersize=size, markeredgewidth=0, label=line.label)
+        dots = {"marker": ".", "markersize": POINT} if len(x) > CLOUD else {"marker": marker, "markersize": 4.0}
+        ax.plot(x, y, color=color, linestyle="none", markeredgewidth=0, label=line.label, **dots)
         return
     shown = marker if line.marker or len(x) == 1 else "none"  # one point makes no line
     effects = [withStroke(linewidth=3.5, foreground="white")] if halo else []
@@ -96,6 +98,9 @@ def _cells(ax: Axes, panel: Panel, heat: Heat) -> None:
     edges = [_edges(heat.x, panel.x_log), _edges(heat.y, panel.y_log)]
     mesh = ax.pcolormesh(*edges, np.ma.masked_invalid(values), cmap=HEAT, norm="log" if heat.log else None)
     color_bar(ax, mesh, heat.label)
+    for axis, centres, log in ((ax.xaxis, heat.x, panel.x_log), (ax.yaxis, heat.y, panel.y_log)):
+        if len(centres) <= FEW_CELLS and not log:
+            axis.set_ticks(list(centres))
 
 
 def _edges(centres: Sequence[float], log: bool) -> np.ndarray:

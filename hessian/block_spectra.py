@@ -16,8 +16,9 @@ from ..landscape.objective import Objective
 from .block_densities import densities_together, densities_within
 from .block_spectrum import BlockSpectrum, exact_spectrum, sampled_spectrum, zero_spectrum
 from .curvature import Hessian
-from .divergence import js_divergence, spectral_masses
+from .divergence import js_divergence
 from .estimate import NotConvergedWarning
+from .heterogeneity import Heterogeneity, axis_around
 from .operator import LinearOperator
 from .plan import planned
 from .planners import plan_block_spectra
@@ -34,32 +35,6 @@ PROBES = 4
 DENSE_LIMIT = 320
 # An operator whose stated error is below this many roundings is as exact as its dtype.
 ROUNDINGS = 100
-
-
-@dataclass(frozen=True)
-class Heterogeneity:
-    """How much the blocks differ. Means and maxima over pairs are 0, and ratios 1, where there are fewer than two.
-
-    Attributes:
-        js_divergence_mean, js_divergence_max: Jensen-Shannon divergence over all pairs of blocks, in nats, at most
-            ln 2.
-        most_different: The two blocks that differ most.
-        scale_ratio: Largest over smallest max |λ|, over the blocks that are not zero.
-        largest, smallest: The blocks with these.
-        negative_mass: Σ_{λ<0} |λ| / Σ |λ| over all blocks together.
-        zero_blocks: Names of the blocks without curvature.
-        axis: Of the divergence.
-    """
-
-    js_divergence_mean: float
-    js_divergence_max: float
-    most_different: tuple[str, str] | None
-    scale_ratio: float
-    largest: str | None
-    smallest: str | None
-    negative_mass: float
-    zero_blocks: tuple[str, ...]
-    axis: str
 
 
 class BlockSpectra(Mapping[str, BlockSpectrum]):
@@ -91,7 +66,7 @@ class BlockSpectra(Mapping[str, BlockSpectrum]):
         r"""Jensen-Shannon divergence [B, B] between the blocks' eigenvalue densities, in nats, at most ln 2.
 
         The densities are normalised to integral 1, so the result depends on the smoothing but not on a grid. Published
-        values above ln 2 are sums over a grid without its spacing, and comparable on that grid only.
+        values above ln 2 are sums over a grid without its spacing, and comparable on that grid only (`js_grid_sum`).
 
         Args:
             axis: "log" compares log10 |λ|; what is rounding noise within its block counts as zero, an outcome of its
@@ -104,40 +79,16 @@ class BlockSpectra(Mapping[str, BlockSpectrum]):
 
         Source: Zhang et al., Why Transformers Need Adam: A Hessian Perspective, 2024, section 2.
         """
-        spectra = list(self.values())
-        _, masses = spectral_masses(
-            [s.atoms() for s in spectra], axis=axis, sigma=sigma, zeros=[s.noise for s in spectra]
-        )
-        return js_divergence(masses)
+        cells = axis_around(self, axis=axis, sigma=sigma)
+        return js_divergence(torch.stack([cells.masses(*s.atoms(), s.noise) for s in self.values()]))
 
     def js_distance(self, *, axis: str = "log", sigma: float | None = None) -> Tensor:
         """Jensen-Shannon distance [B, B], the square root of `js_divergence`: a metric, at most √ln 2 = 0.833."""
         return self.js_divergence(axis=axis, sigma=sigma).sqrt()
 
     def heterogeneity(self, *, axis: str = "log", sigma: float | None = None) -> Heterogeneity:
-        """How much the blocks differ, in one record."""
-        names = list(self)
-        js = self.js_divergence(axis=axis, sigma=sigma)
-        rows, columns = torch.triu_indices(len(names), len(names), offset=1)
-        pairs = js[rows, columns]
-        worst = int(pairs.argmax()) if len(pairs) else None
-        alive = sorted((name for name in names if not self[name].zero), key=lambda name: self[name].scale)
-        magnitude, negative = 0.0, 0.0
-        for spectrum in self.values():
-            nodes, weights = spectrum.atoms()
-            magnitude += spectrum.size * float((weights * nodes.abs()).sum())
-            negative += spectrum.size * float((weights * nodes.clamp(max=0.0).abs()).sum())
-        return Heterogeneity(
-            js_divergence_mean=float(pairs.mean()) if len(pairs) else 0.0,
-            js_divergence_max=float(pairs.max()) if len(pairs) else 0.0,
-            most_different=None if worst is None else (names[int(rows[worst])], names[int(columns[worst])]),
-            scale_ratio=self[alive[-1]].scale / self[alive[0]].scale if alive else 1.0,
-            largest=alive[-1] if alive else None,
-            smallest=alive[0] if alive else None,
-            negative_mass=negative / magnitude if magnitude > 0 else 0.0,
-            zero_blocks=tuple(name for name in names if self[name].zero),
-            axis=axis,
-        )
+        """How much the blocks differ, in one record; arguments as for `js_divergence`."""
+        return Heterogeneity.of(self, axis=axis, sigma=sigma)
 
     def to_rows(self) -> list[dict[str, Any]]:
         """One flat record per block, for a table."""

@@ -56,6 +56,12 @@ class BlockSpectrum:
         """Largest |λ|."""
         return float(torch.cat([self.top, self.bottom]).abs().max())
 
+    @property
+    def scale_error(self) -> float:
+        """Bound on the distance of the eigenvalue of largest |λ| found to a true one."""
+        ends = torch.cat([self.top, self.bottom]).abs()
+        return float(torch.cat([self.top_residuals, self.bottom_residuals])[ends.argmax()])
+
     def atoms(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues [k] and their shares [k], summing to 1; for a sampled block the mean of the quadratures."""
         if self.eigenvalues is not None:

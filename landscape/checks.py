@@ -317,6 +317,15 @@ def _weighted(objective: Evaluation, losses: Sequence[float], terms: Sequence[fl
     return sum(loss * term for loss, term in zip(losses, terms, strict=True)) / max(sum(terms), 1e-300)
 
 
+def rounding_of_losses(eps: float, largest: float) -> float:
+    """How far sums of the same losses, computed in two ways, may lie apart when the largest is `largest`.
+
+    A loss near its least value, such as a square r², has an error of about eps r: relative to the loss it grows
+    without bound as r goes to 0.
+    """
+    return 1e3 * eps * largest + 30 * eps * max(largest**0.5, eps)
+
+
 def _close(objective: Evaluation, a: float, b: float, factor: float = 64.0) -> bool:
     return abs(a - b) <= factor * objective.coarsest_eps * max(abs(a), abs(b))
 

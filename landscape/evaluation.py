@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .batches import Batches, examples, fresh_containers, leading_size, map_tensors
 from .callables import captured_modules, pair
-from .checks import checked_loss, first_look
+from .checks import checked_loss, first_look, rounding_of_losses
 from .guard import MODES, plain_evaluation, substituted
 from .layout import Layout
 from .memory import available_bytes, saved_bytes
@@ -270,7 +270,7 @@ class Evaluation:
         """The examples' losses must add up to the chunk's, or they are not what it is a mean of."""
         whole = chunk.weight * float(self.chunk_loss(chunk, theta).detach())
         share = chunk.size if self._reduction == "sum" else chunk.weight
-        if abs(whole - total) > 1e3 * self.coarsest_eps * share * max(largest, 1e-30):
+        if abs(whole - total) > share * rounding_of_losses(self.coarsest_eps, largest):
             raise ValueError(
                 f"the losses of the single examples of batch {chunk.number} add up to {total:.6g}, its own loss to "
                 f"{whole:.6g}: the loss mixes examples or is not their mean, so per-example gradients do not exist"

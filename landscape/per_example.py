@@ -1,7 +1,8 @@
-"""One pass over the examples: mean, second moments and norms of their gradients."""
+"""One pass over the examples: mean, second moments and norms of their gradients, and what tells how they agree."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Sequence
@@ -11,12 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import BATCH_STATISTICS
+from .checks import BATCH_STATISTICS, rounding_of_losses
 from .evaluation import Chunk
 from .objective import Objective
+from .per_example_budget import Allotment, allotment
 from .per_example_factors import NotSeparable, Recorder
+from .per_example_rows import GradientRows
 from .per_example_singles import Singles
-from .per_example_statistics import PerExampleStatistics
+from .per_example_statistics import KeptExamples, PerExampleStatistics
 from .per_example_sums import ChunkSums, ExampleSums
 from .per_example_weights import example_weights
 from .selection import near_names
@@ -24,6 +27,7 @@ from .selection import near_names
 log = logging.getLogger("sharpscope")
 
 METHODS = ("auto", "factors", "vmap", "loop")
+COLLECTIONS = ("all", "sums")
 
 # Kinds of batches that were verified, as the first look is, once: what an axis means follows from the sizes, the
 # functions of torch that are called and their axes. Which parameters are used where is seen anew in every pass.
@@ -37,11 +41,16 @@ class MixedExamples(ValueError):
 def per_example_statistics(
     objective: Objective,
     *,
-    per_example_gradients: bool = False,
+    collect: str = "all",
+    memory_budget: int | None = None,
     chunk_size: int | None = None,
     method: str = "auto",
+    seed: int = 0,
 ) -> PerExampleStatistics:
-    r"""Mean, second moments and norms of the gradients g_i of the examples' losses, in one pass over the data.
+    r"""What the gradients g_i of the examples' losses tell, in one pass over the data.
+
+    The result has their mean, second moments and norms, and from these and from the gradients that the pass kept
+    `.snr(...)`, `.noise_scale()`, `.alignment()` and `.tail_index()`, without another look at the model.
 
     g_i is the gradient of the mean loss of example i and w_i its weight, with Σ_i w_i g_i = ∇L as in
     `Fisher(kind="empirical")`: 1/N for a mean over examples, its share of the terms that are not ignored where a
@@ -62,14 +71,23 @@ def per_example_statistics(
     others every example's loss has to be computed as well, to see that the batch's is their mean.
 
     Args:
-        per_example_gradients: Keep all g_i, in `gradients` [N, n].
+        collect: "all" also keeps what inner products g_i · g_j need: p + q numbers per example for a dense layer with
+            one row per example, where that is less than p · q, else the gradient itself. What does not fit is sketched
+            (`sketched` of the result), which leaves inner products with an error that is stated. "sums" keeps none of
+            it and is faster; then there is no alignment, no tail index, and no interval of the noise scale.
+        memory_budget: Bytes that the pass may take, with the graphs, the sums and what is kept: examples are then
+            evaluated in chunks that fit, at the price of forward passes of a few to see what they take. (The
+            objective's own first look, once, is outside it and takes whole batches.) None takes chunks as the
+            objective does and keeps at most 1 GiB.
         chunk_size: Examples whose gradients exist at one time; None takes as many as fit a small buffer. (Examples
             that are evaluated together: `Objective(chunk_size=...)`.)
         method: "auto", "factors", "vmap" or "loop".
+        seed: Of the sketch and of the entries sampled for tail indices.
 
     Raises:
-        ValueError: unknown method, no examples (a closure), the loss mixes examples or is not their weighted mean; with
-            method="factors" also when the method does not cover the model.
+        ValueError: an option that does not exist, no examples (a closure), the loss mixes examples or is not their
+            weighted mean; with method="factors" also when the method does not cover the model.
+        InsufficientMemory: the pass cannot keep within `memory_budget`; the message says what it needs at least.
 
     Source: Goodfellow, Efficient Per-Example Gradient Computations, 2015; Dangel, Kunstner and Hennig, BackPACK, 2020.
     """
@@ -77,18 +95,22 @@ def per_example_statistics(
         raise TypeError(f"`objective` is a {type(objective).__name__}; make one with Objective(model, loss, data)")
     if method not in METHODS:
         raise ValueError(f"`method` is {method!r}; choose among {METHODS} (near: {near_names(str(method), METHODS)})")
+    if collect not in COLLECTIONS:
+        near = near_names(str(collect), COLLECTIONS)
+        raise ValueError(f"`collect` is {collect!r}; choose among {COLLECTIONS} (near: {near})")
     if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
         raise ValueError(f"`chunk_size` is {chunk_size!r}; give a positive number of examples, or None")
     if objective._batches is None:
         raise ValueError("a closure has no examples; make the objective with Objective or Objective.supervised")
+    allotted = allotment(objective, memory_budget, keep=collect == "all")
     for name in METHODS[1:] if method == "auto" else (method,):
         try:
-            return _Pass(objective, per_example_gradients, chunk_size, name).run()
+            return _Pass(objective, allotted, chunk_size, name, seed).run()
         except (MixedExamples, MemoryError, torch.OutOfMemoryError):
             raise
         except NotSeparable as error:
             if method != "auto":
-                raise ValueError(f"method='factors' does not cover this model: {error}; use method='auto'") from error
+                raise ValueError(f"method={method!r} does not cover this model: {error}; use method='auto'") from error
             log.info("per-example gradients: factors do not cover this model (%s)", error)
         except Exception as error:
             if method != "auto" or name == "loop":
@@ -100,31 +122,40 @@ def per_example_statistics(
 class _Pass:
     """One pass over the data by one method."""
 
-    def __init__(self, objective: Objective, keep: bool, chunk_size: int | None, method: str) -> None:
-        self.objective, self.keep, self.chunk_size, self.method = objective, keep, chunk_size, method
+    def __init__(
+        self, objective: Objective, allotted: Allotment, chunk_size: int | None, method: str, seed: int
+    ) -> None:
         self.verified = _verified.setdefault(objective, set())
-        self.used = {method}
+        if allotted.examples is not None:
+            objective = copy.copy(objective)
+            objective._resolved_chunk = allotted.examples
+        self.objective, self.allotted, self.chunk_size, self.method = objective, allotted, chunk_size, method
+        self.seed, self.used = seed, {method}
 
     def run(self) -> PerExampleStatistics:
-        objective = self.objective
-        rows = objective.num_examples if self.keep else 0
+        objective, allotted, rows = self.objective, self.allotted, None
         with objective.evaluation() as theta:
             self._refuse_batch_statistics()
-            sums = ExampleSums(theta, objective.dtype, self.chunk_size, rows)
+            if allotted.kept_bytes is not None:
+                rows = GradientRows(theta, objective.dtype, objective.num_examples, allotted.kept_bytes, self.seed)
+            sums = ExampleSums(theta, objective.dtype, self.chunk_size, rows, allotted.entries)
             for chunk in objective.chunks():
                 self._add(chunk, theta, sums)
             sums.close()
             mean, second = self._joined(sums.mean), self._joined(sums.second)
-        norms, weights = self._of_all_ranks(torch.cat(sums.norms), torch.cat(sums.weights))
-        gradients = None if sums.gradients is None else sums.gradients[: sums.filled]
+        mean, second = objective.all_reduce(mean), objective.all_reduce(second)
+        own = torch.cat(sums.norms), torch.cat(sums.weights)
+        norms, weights = (self._of_all_ranks(numbers) for numbers in own)
+        along = None if rows is None else self._of_all_ranks(rows.times(mean) / float(weights.sum()))
         return PerExampleStatistics(
-            mean=objective.all_reduce(mean),
-            second_moment=objective.all_reduce(second),
+            mean=mean,
+            second_moment=second,
             norms=norms.to(objective.device, objective.dtype),
             weights=weights,
             layout=objective.layout,
             method="+".join(name for name in METHODS if name in self.used),
-            gradients=gradients,
+            along=along,
+            kept=None if rows is None else KeptExamples(rows, *own),
         )
 
     def _joined(self, pieces: list[Tensor]) -> Tensor:
@@ -165,7 +196,7 @@ class _Pass:
     def _check_losses(self, chunk: Chunk, weights: Tensor, losses: Tensor, whole: float) -> None:
         total, largest = float(weights @ losses), float(losses.abs().max())
         share = float(weights.sum())
-        if not abs(whole - total) <= 1e3 * self.objective.coarsest_eps * share * max(largest, 1e-30):
+        if not abs(whole - total) <= share * rounding_of_losses(self.objective.coarsest_eps, largest):
             raise MixedExamples(
                 f"the losses of the single examples of batch {chunk.number} add up to {total:.6g}, its own loss to "
                 f"{whole:.6g}: the loss mixes examples or is not their mean, so per-example gradients do not exist"
@@ -194,13 +225,13 @@ class _Pass:
                     "then have no gradients of their own; use mode='eval' and running statistics"
                 )
 
-    def _of_all_ranks(self, norms: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def _of_all_ranks(self, numbers: Tensor) -> Tensor:
         group = self.objective.group
         if group is None:
-            return norms, weights
+            return numbers
         found: list = [None] * dist.get_world_size(group)
-        dist.all_gather_object(found, (norms, weights), group=group)
-        return torch.cat([n for n, _ in found]), torch.cat([w for _, w in found])
+        dist.all_gather_object(found, numbers, group=group)
+        return torch.cat(found)
 
 
 def _norm(gradient: Tensor) -> Tensor:

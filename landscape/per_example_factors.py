@@ -126,6 +126,7 @@ class Recorder(TorchFunctionMode):
             NotSeparable: the examples' shares cannot be told from what came back.
         """
         torch.autograd.grad(loss, self._root, allow_unused=True)
+        self._shared.clear()  # outputs whose hooks know this recorder: without them the graph goes at once
         for k, parts in enumerate(self._waiting):
             if parts:
                 self._sums.add(k, parts)

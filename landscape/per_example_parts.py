@@ -45,7 +45,7 @@ class Rows:
         out.add_(rows) if add else out.copy_(rows)
 
     def moments(self, sums: ChunkSums, k: int) -> bool:
-        if self.rows.numel() > SQUARED_ENTRIES:
+        if sums.keeps_rows or self.rows.numel() > SQUARED_ENTRIES:
             return False
         mean, second = sums.of(k)
         mean.add_(self.rows.sum(0), alpha=sums.share)
@@ -77,7 +77,7 @@ class OuterProducts:
             torch.bmm(left, right, out=target)
 
     def moments(self, sums: ChunkSums, k: int) -> bool:
-        if self.left.shape[1] != 1:
+        if self.left.shape[1] != 1 or not sums.keeps_outer(k, self.left[:, 0], self.right[:, 0]):
             return False
         shape = self.left.shape[2], self.right.shape[2]
         mean, second, held = sums.held(k)
@@ -86,7 +86,7 @@ class OuterProducts:
         mean.addmm_(left.mT, right, beta=held, alpha=sums.share)
         left, lengths = self.squares.of(left)
         others = torch.empty_like(lengths)
-        step = min(sums.size, max(1, SQUARED_ENTRIES // shape[1]))
+        step = min(sums.size, max(1, sums.at_most(SQUARED_ENTRIES) // shape[1]))
         for first in range(0, sums.size, step):
             rows = slice(first, min(first + step, sums.size))
             squares = torch.square(right[rows], out=sums.room(0, rows.stop - first, shape[1], mean.device))
@@ -118,6 +118,8 @@ class Lookups:
 
     def moments(self, sums: ChunkSums, k: int) -> bool:
         """Only the rows that an example reads are formed."""
+        if sums.keeps_rows:
+            return False
         b, width = len(self.indices), self.gradients.shape[2]
         places = torch.arange(b, device=self.indices.device).unsqueeze(1) * self.num_rows + self.indices
         places, inverse = places.unique(return_inverse=True)

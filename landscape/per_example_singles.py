@@ -72,7 +72,7 @@ class Singles:
         if not vectorised:
             step = 1
         elif step is None:
-            step = max(1, VECTORISED_ENTRIES // sum(self._theta[k].numel() for k in which))
+            step = max(1, sums.at_most(VECTORISED_ENTRIES) // sum(self._theta[k].numel() for k in which))
         losses = []
         for first in range(0, len(numbers), step):
             group = numbers[first : first + step]

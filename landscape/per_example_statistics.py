@@ -1,39 +1,38 @@
-"""What the gradients of single examples tell: their scatter, signal against noise, the gradient noise scale."""
+"""What the gradients of single examples tell: their scatter, signal against noise, noise scale, alignment, tails."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from .blocks import Blocks, Partition
 from .layout import Layout
-from .selection import near_names
+from .per_example_alignment import Alignment, alignment_of
+from .per_example_noise import NoiseScale, noise_scale_of
+from .per_example_rows import SAMPLED_COLUMNS, GradientRows
+from .per_example_snr import Definition, signal_to_noise
+from .per_example_tails import GradientTails, gradient_tails
 
-SNR_KINDS = ("element", "parameter", "whole")
+# Entries of gradients that are formed at one time.
+FORMED_ENTRIES = 1 << 23
 
 
 @dataclass(frozen=True)
-class NoiseScale:
-    """`estimate` = `trace` / `squared_norm`, in examples; `stderr` is NaN where it was not estimated."""
+class KeptExamples:
+    """Gradients of this rank's examples, or what stands for them, with ‖g_i‖ and w_i, float64."""
 
-    estimate: float
-    stderr: float
-    trace: float  # of the covariance of single examples' gradients
-    squared_norm: float  # of the true gradient, unbiased: it may be negative
-
-    def __float__(self) -> float:
-        return self.estimate
-
-    def __str__(self) -> str:
-        return f"{self.estimate:.6g} ± {self.stderr:.2g}"
+    rows: GradientRows
+    norms: Tensor
+    weights: Tensor
 
 
 @dataclass(frozen=True)
 class PerExampleStatistics:
-    r"""Sums over the gradients g_i of N examples with weights w_i; made by `per_example_statistics`.
+    r"""What one pass over the gradients g_i of N examples with weights w_i left; made by `per_example_statistics`.
 
     Attributes:
         mean: Σ w_i g_i [n], the gradient of the objective.
@@ -42,7 +41,8 @@ class PerExampleStatistics:
         weights: w_i [N], float64; their sum is 1 for a mean.
         layout: Names and shapes behind [n].
         method: What computed them.
-        gradients: g_i [N, n] when asked for, else None; this rank's.
+        along: g_i · ḡ [N] in float64, of all ranks; estimates where `sketched`, None with collect="sums".
+        kept: What was kept of the gradients; None with collect="sums".
     """
 
     mean: Tensor
@@ -51,14 +51,29 @@ class PerExampleStatistics:
     weights: Tensor
     layout: Layout
     method: str
-    gradients: Tensor | None = field(default=None, repr=False)
+    along: Tensor | None = field(default=None, repr=False)
+    kept: KeptExamples | None = field(default=None, repr=False)
 
     @property
     def num_examples(self) -> int:
         return len(self.norms)
 
+    @property
+    def sketched(self) -> bool:
+        """Whether inner products are estimates, because what they need did not fit the budget."""
+        return self.kept is not None and not self.kept.rows.exact
+
+    @property
+    def gradients(self) -> Tensor:
+        """g_i [N, n], formed at every access; of this rank's examples.
+
+        Raises:
+            ValueError: they were not kept, or sketched.
+        """
+        return self._exact_rows("gradients").rows(slice(None))
+
     def variance(self) -> Tensor:
-        r"""Unbiased variance of a single example's gradient, entry by entry [n].
+        r"""Unbiased variance of a single example's gradient, entry by entry [n]: the diagonal of its covariance.
 
         (Σ p_i g_i² − ḡ²) / (1 − Σ p_i²) with p_i = w_i / Σ w and ḡ = Σ p_i g_i; for equal weights the sum of squares
         over N − 1. Differences below the rounding of Σ p_i g_i² are not resolved.
@@ -70,92 +85,185 @@ class PerExampleStatistics:
         variance = self.second_moment / total - (self.mean / total).square_()
         return variance.clamp_(min=0).div_(1 - self._concentration())
 
-    @overload
-    def snr(self, by: Literal["element"]) -> Tensor: ...
-    @overload
-    def snr(self, by: Literal["parameter"]) -> dict[str, float]: ...
-    @overload
-    def snr(self, by: Literal["whole"] = ...) -> float: ...
-
-    def snr(self, by: str = "whole") -> Tensor | dict[str, float] | float:
-        r"""Gradient signal-to-noise ratio ḡ² / Var g of single examples, with the unbiased variance.
-
-        by="element": entry by entry [n]. "parameter": Σ ḡ² / Σ Var g over each parameter's entries, by name. "whole":
-        the same over all entries. For the mean of B independent examples it is B times as large. Where ḡ is 0 it is 0.
+    def covariance_product(self, v: Tensor) -> Tensor:
+        r"""Σ v for v [n] or [n, m], with Σ = Σ_i p_i (g_i − ḡ)(g_i − ḡ)ᵀ / (1 − Σ p_i²), whose diagonal is `variance`.
 
         Raises:
-            ValueError: unknown `by`; there is only one example.
+            ValueError: there is only one example, or the gradients were not kept whole; a `v` of another length.
         """
-        if by not in SNR_KINDS:
-            raise ValueError(f"`by` is {by!r}; choose among {SNR_KINDS} (near: {near_names(str(by), SNR_KINDS)})")
-        signal = (self.mean / float(self.weights.sum())).square_()
-        noise = self.variance()
-        if by == "element":
-            return torch.where(signal > 0, signal / noise, 0.0)
-        if by == "whole":
-            return _ratio(_total(signal), _total(noise))
-        parts = zip(self.layout.unflatten(signal).items(), self.layout.unflatten(noise).values(), strict=True)
-        return {name: _ratio(_total(s), _total(v)) for (name, s), v in parts}
+        rows = self._exact_rows("covariance_product")
+        concentration = self._concentration()
+        if v.ndim not in (1, 2) or len(v) != len(self.mean):
+            raise ValueError(f"`v` has shape {list(v.shape)}; give [{len(self.mean)}] or [{len(self.mean)}, m]")
+        p, mean = self.weights / self.weights.sum(), self.mean / float(self.weights.sum())
+        products = []
+        for column in v.to(mean).reshape(len(v), -1).unbind(1):
+            along = rows.times(column)
+            product = rows.combined(p * (along - float(p @ along)))
+            products.append(product.to(mean.device) / (1 - concentration))
+        return torch.stack(products, 1).reshape(v.shape)
 
-    def noise_scale(self) -> NoiseScale:
-        r"""Simple gradient noise scale tr Σ / |G|², in examples: the batch size at which noise and signal are equal.
+    def inner_products(self) -> Tensor:
+        """g_i · g_j [N, N] in float64, of this rank's examples; estimates where `sketched`, but for the diagonal.
+
+        Raises:
+            ValueError: with collect="sums".
+        """
+        kept = self._kept("inner_products")
+        found = kept.rows.inner_products(slice(None), slice(None))
+        found.diagonal().copy_(kept.norms.square())
+        return found
+
+    @overload
+    def snr(  # pyright: ignore[reportOverlappingOverload]
+        self, by: Literal["element"], definition: Definition = ...
+    ) -> Tensor: ...
+    @overload
+    def snr(self, by: Literal["whole"] = ..., definition: Definition = ..., *, eps: float = ...) -> float: ...
+    @overload
+    def snr(
+        self,
+        by: Blocks | Partition,
+        definition: Definition = ...,
+        *,
+        dims: Sequence[int] | None = ...,
+        eps: float = ...,
+    ) -> dict[str, float]: ...
+
+    def snr(
+        self,
+        by: Any = "whole",
+        definition: Definition = "ratio",
+        *,
+        dims: Sequence[int] | None = None,
+        eps: float = 1e-8,
+    ) -> Tensor | dict[str, float] | float:
+        r"""Signal-to-noise ratio of the gradient, in the definitions that are in use.
+
+        ===============  ===============================================================================================
+        `definition`     ratio of a block
+        ===============  ===============================================================================================
+        "ratio"          Σ_j ḡ_j² / Σ_j Var g_j over its entries: the inverse of the noise scale, up to the bias of ḡ²
+        "mean"           the mean over its entries of ḡ_j² / Var g_j, without those that no example moves; NaN of none
+        "spatial"        ‖ḡ‖ / (std(ḡ) + eps) over its entries, the g-SNR of SGD-SaI; about √size where the mean is 0
+        "second_moment"  SNR_K(v) of v = Σ w_i g_i² along the axes K = `dims` (None: all), by="parameter" only; tensors
+                         without these axes are left out. As in SlimAdam, see `derive_rules`
+        ===============  ===============================================================================================
+
+        "ratio" and "mean" compare examples, with the unbiased variance of a single one: for the mean of B independent
+        examples they are B times as large. Where ḡ is 0 they are 0. "spatial" and "second_moment" compare entries of
+        one tensor, and need no second example.
+
+        Args:
+            by: "element" [n], "whole", or blocks as in `partition`: "parameter", "layer", globs, a mapping, or a
+                Partition, such as partition(objective, "head").
+            definition: As above.
+            dims: K of "second_moment".
+            eps: Of "spatial".
+
+        Raises:
+            ValueError: an option that does not exist or does not go with another; one example where two are needed.
+
+        Source: Liu et al., Understanding Why Neural Networks Generalize Well Through GSNR of Parameters, 2020,
+        definition 1 ("mean": its average over parameters); Xu et al., No More Adam, 2024; Kalra et al., When Can You
+        Get Away with Low Memory Adam?, 2025.
+        """
+        return signal_to_noise(self, by, definition, dims, eps)
+
+    def noise_scale(self, curvature: Any = None, *, confidence: float = 0.95) -> NoiseScale:
+        r"""Gradient noise scale tr Σ / |G|², in examples: the batch size at which noise and signal are equal.
 
         Σ is the covariance of single examples' gradients, G the true gradient; both are estimated without bias,
         |G|² = ‖ḡ‖² − Σ_i p_i² tr Σ. Infinite where that is not positive: there are too few examples to tell the
-        gradient from 0. The standard error is the jackknife's over examples, which needs `gradients`
-        (`per_example_gradients=True`); without them it is NaN.
+        gradient from 0. Standard error (the jackknife's over examples) and interval (Fieller's, which stays right
+        where |G|² is hardly told from 0) need collect="all"; without it they are NaN.
+
+        Args:
+            curvature: An operator H with `H @ V`, such as a Hessian or GGN: then tr HΣ / GᵀHG, the critical batch size
+                at which a step is half as good as one of the full gradient, to second order. Takes N + 1 products.
+            confidence: Of the interval.
 
         Raises:
-            ValueError: there is only one example.
+            ValueError: there is only one example; with `curvature`, gradients that were not kept whole or lie on
+                several ranks.
 
-        Source: McCandlish et al., An Empirical Model of Large-Batch Training, 2018, equation 2.9 and appendix A.1.
+        Source: McCandlish et al., An Empirical Model of Large-Batch Training, 2018, equations 2.8, 2.9, appendix A.1.
         """
-        p = self.weights / self.weights.sum()
-        squares = self.norms.double().cpu().square()
-        mean = self.mean.double() / self.weights.sum().to(self.mean.device)
-        length = _total(mean.square())
-        trace, squared_norm = _unbiased(float(p @ squares), length, self._concentration())
-        stderr = math.nan
-        if self.gradients is not None and len(self.gradients) == self.num_examples > 2:
-            along = torch.stack([(row.double() @ mean).cpu() for row in self.gradients])
-            stderr = _jackknife(p, squares, along, length)
-        return NoiseScale(_scale(trace, squared_norm), stderr, trace, squared_norm)
+        self._concentration()
+        if not 0 < confidence < 1:
+            raise ValueError(f"`confidence` is {confidence}; give a probability between 0 and 1, such as 0.95")
+        mean = self.mean.double() / float(self.weights.sum())
+        if curvature is None:
+            squares = self.norms.double().cpu().square()
+            return noise_scale_of(self.weights, squares, float(mean @ mean), self.along, confidence)
+        rows = self._exact_rows("noise_scale(curvature=...)")
+        if rows.num_examples != self.num_examples:
+            raise ValueError("`curvature` needs the gradients of all examples on this rank; they lie on several")
+        H_mean = (curvature @ self.mean).double() / float(self.weights.sum())
+        squares = torch.cat([(V.double() * (curvature @ V).double()).sum(0).cpu() for V in self._columns(rows)])
+        along = rows.times(H_mean)
+        return noise_scale_of(self.weights, squares, float(mean @ H_mean), along, confidence)
+
+    def alignment(self) -> Alignment:
+        """How far the examples' gradients agree: mean pairwise cosine, diversity, confusion, share of opposed pairs.
+
+        Of this rank's examples. Exact where the pass kept all that inner products need; else estimates, whose errors
+        the result states.
+
+        Raises:
+            ValueError: with collect="sums"; fewer than two gradients that are not zero.
+        """
+        kept = self._kept("alignment")
+        self._concentration()
+        mean = self.mean.double() / float(self.weights.sum())
+        length = float(mean @ mean) if kept.rows.num_examples == self.num_examples else None
+        return alignment_of(kept.rows, kept.norms, kept.weights, length)
+
+    def tail_index(self, *, columns: int = SAMPLED_COLUMNS, **options: Any) -> GradientTails:
+        r"""Tail index α of the gradient noise g_i − ḡ, with intervals: of each parameter, and of all together.
+
+        Of at most `columns` entries of each parameter, drawn at random when the pass was made; each entry is a column
+        of its own, so that scales that differ among entries do not look like heavy tails. This rank's examples.
+
+        A value below 2 is no proof of heavy tails. Units that are off leave many gradients at 0, and log moments take
+        this crowd for the middle of a heavy-tailed law: a small ReLU network on 10000 Gaussian inputs, whose gradients
+        have all moments, reads 1.1 to 1.7 with sums of 10 to 1000 terms, the same network with tanh 1.9. See whether
+        the value rises with `size`, and what method="hill" says of the extremes.
+
+        Args:
+            columns: Entries of each parameter.
+            options: As for `tail_index` of samples: method, size, confidence, shuffles, seed.
+
+        Raises:
+            ValueError: with collect="sums", or fewer than 16 examples.
+
+        Source: Şimşekli, Sagun, Gürbüzbalaban, A Tail-Index Analysis of Stochastic Gradient Noise in Deep Neural
+        Networks, 2019; there all entries are one sample, here each has its own scale.
+        """
+        return gradient_tails(self._kept("tail_index").rows, self.layout, columns, options)
+
+    def _columns(self, rows: GradientRows) -> Iterator[Tensor]:
+        """The gradients as columns [n, m], a few at a time."""
+        step = max(1, FORMED_ENTRIES // len(self.mean))
+        for first in range(0, rows.num_examples, step):
+            yield rows.rows(slice(first, first + step)).mT.contiguous()
+
+    def _kept(self, what: str) -> KeptExamples:
+        if self.kept is None:
+            raise ValueError(f"`{what}` needs the examples' gradients, which collect='sums' leaves out; collect='all'")
+        return self.kept
+
+    def _exact_rows(self, what: str) -> GradientRows:
+        rows = self._kept(what).rows
+        if not rows.exact:
+            raise ValueError(
+                f"`{what}` needs the gradients themselves, which did not fit and were sketched: keeping them takes "
+                f"{rows.needed_bytes} bytes; raise `memory_budget`"
+            )
+        return rows
 
     def _concentration(self) -> float:
         """Σ p_i²."""
         if self.num_examples < 2:
             raise ValueError("the scatter of gradients needs at least two examples; there is one")
         return float((self.weights / self.weights.sum()).square().sum())
-
-
-def _unbiased(mean_square: float, length: float, concentration: float) -> tuple[float, float]:
-    """tr Σ and |G|² from Σ p_i ‖g_i‖², ‖ḡ‖² and Σ p_i²."""
-    trace = (mean_square - length) / (1 - concentration)
-    return trace, length - concentration * trace
-
-
-def _scale(trace: float, squared_norm: float) -> float:
-    return trace / squared_norm if squared_norm > 0 else math.inf
-
-
-def _jackknife(p: Tensor, squares: Tensor, along: Tensor, length: float) -> float:
-    """Standard error from the estimates without each example; `along` is g_i · ḡ [N]."""
-    scales = []
-    for own, square, inner in zip(p.tolist(), squares.tolist(), along.tolist(), strict=True):
-        left = 1 - own
-        mean_square = (float(p @ squares) - own * square) / left
-        without = (length - 2 * own * inner + own**2 * square) / left**2
-        concentration = (float(p @ p) - own**2) / left**2
-        scales.append(_scale(*_unbiased(mean_square, without, concentration)))
-    found = torch.tensor(scales, dtype=torch.float64)
-    return math.sqrt((len(p) - 1) / len(p) * float((found - found.mean()).square().sum()))
-
-
-def _total(tensor: Tensor) -> float:
-    return float(tensor.sum(dtype=torch.float64))
-
-
-def _ratio(signal: float, noise: float) -> float:
-    if noise > 0:
-        return signal / noise
-    return math.inf if signal > 0 else 0.0

@@ -1,13 +1,14 @@
-"""Sums over examples that per-example gradients leave behind: mean, second moments, norms, and themselves if asked."""
+"""Sums over examples that per-example gradients leave behind: mean, second moments, norms; and rows to be kept."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from .per_example_rows import GradientRows
 
 # Entries of per-example gradients that exist at one time: few enough to stay in a CPU's cache.
 CPU_ENTRIES, GPU_ENTRIES = 1 << 18, 1 << 24
@@ -36,17 +37,23 @@ class ExampleSums:
         theta: The parameters as they are evaluated.
         dtype: Of the sums.
         chunk_size: Examples whose gradients exist at one time; None takes as many as stay in the cache.
-        keep: Rows of the matrix of gradients to be filled; 0 keeps none.
+        rows: Where each example's gradient is kept, or None.
+        entries: Of gradients that exist at one time, at most; None takes what suits the device.
     """
 
-    def __init__(self, theta: Sequence[Tensor], dtype: torch.dtype, chunk_size: int | None, keep: int) -> None:
-        self.dtype, self.chunk_size = dtype, chunk_size
+    def __init__(
+        self,
+        theta: Sequence[Tensor],
+        dtype: torch.dtype,
+        chunk_size: int | None,
+        rows: GradientRows | None = None,
+        entries: int | None = None,
+    ) -> None:
+        self.dtype, self.chunk_size, self.rows, self.entries = dtype, chunk_size, rows, entries
         self.mean, self.second = _uninitialised(theta, dtype), _uninitialised(theta, dtype)
         self._empty = set(range(len(theta)))  # parameters to which nothing was added yet
-        self.offsets = [0, *accumulate(t.numel() for t in theta)]
         self.norms: list[Tensor] = []  # of each chunk, float64
         self.weights: list[Tensor] = []
-        self.gradients = theta[0].new_zeros((keep, self.offsets[-1]), dtype=dtype) if keep else None
         self.filled = 0
 
     def begin(self, k: int) -> bool:
@@ -65,6 +72,8 @@ class ExampleSums:
         """Everything has been added."""
         for k in list(self._empty):
             self.zero(k)
+        if self.rows is not None:
+            self.rows.close(self.filled)
 
 
 def _uninitialised(theta: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -122,7 +131,7 @@ class ChunkSums:
 
     def add(self, k: int, parts: Sequence[Part]) -> None:
         """All that the uses of parameter k contribute: their gradients add up before they are squared."""
-        if len(parts) == 1 and self._sums.gradients is None and parts[0].moments(self, k):
+        if len(parts) == 1 and parts[0].moments(self, k):
             return
         width, device = self.width(k), self._sums.mean[k].device
         step = self.step(width + max(part.entries for part in parts), device)
@@ -161,8 +170,8 @@ class ChunkSums:
         """Rows h_i of the chosen examples, which are overwritten."""
         mean, second = self.of(k)
         mean.add_(rows.sum(0), alpha=self.share)
-        if self._sums.gradients is not None:
-            self._keep(k, rows * inverse.unsqueeze(1), which)
+        if self._sums.rows is not None:
+            self._keep(k, rows, inverse, which)
         rows.square_()
         self.add_squares(k, rows.sum(1), which)
         if self.uniform is not None:
@@ -170,19 +179,40 @@ class ChunkSums:
         else:
             second.addmv_(rows.mT, inverse, alpha=self.share)
 
-    def _keep(self, k: int, gradients: Tensor, which: slice | Tensor) -> None:
-        matrix, offsets = self._sums.gradients, self._sums.offsets
-        assert matrix is not None
-        places = (self._sums.filled + self.kept.cumsum(0) - 1)[which]
-        kept = self.kept[which]
-        block = gradients[kept.to(gradients.device)].to(matrix.device)
-        matrix[places[kept].to(matrix.device), offsets[k] : offsets[k + 1]] = block
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether the gradients themselves are kept, not only their sums."""
+        return self._sums.rows is not None
+
+    def keeps_outer(self, k: int, left: Tensor, right: Tensor) -> bool:
+        """Keeps h_i = left_iᵀ right_i of parameter k, from [b, p] and [b, q]; False where they have to be formed."""
+        if self._sums.rows is None:
+            return True
+        kept = self.kept.to(left.device)
+        scaled = (left * self.inverse(left).unsqueeze(1))[kept]
+        return self._sums.rows.put_outer(k, scaled, right[kept], self._row_numbers()[self.kept])
+
+    def _keep(self, k: int, rows: Tensor, inverse: Tensor, which: slice | Tensor) -> None:
+        assert self._sums.rows is not None
+        kept, numbers = self.kept[which], self._row_numbers()[which]
+        gradients = rows * inverse.unsqueeze(1)
+        if not bool(kept.all()):
+            gradients, numbers = gradients[kept.to(rows.device)], numbers[kept]
+        self._sums.rows.put(k, gradients, numbers)
+
+    def _row_numbers(self) -> Tensor:
+        """Where each example of the chunk stands among all that are kept [b]."""
+        return self._sums.filled + self.kept.cumsum(0) - 1
+
+    def at_most(self, entries: int) -> int:
+        """So many entries, or as many as the pass allows to exist at one time."""
+        return entries if self._sums.entries is None else min(entries, self._sums.entries)
 
     def step(self, entries: int, device: torch.device) -> int:
         """How many examples are worked on at a time when each takes so many entries."""
         if self._sums.chunk_size is not None:
             return min(self.size, self._sums.chunk_size)
-        budget = CPU_ENTRIES if device.type == "cpu" else GPU_ENTRIES
+        budget = self.at_most(CPU_ENTRIES if device.type == "cpu" else GPU_ENTRIES)
         return max(1, min(self.size, budget // entries))
 
     def room(self, number: int, count: int, width: int, device: torch.device) -> Tensor:

@@ -67,7 +67,7 @@ def sam_sharpness(
         direction = theta.square() * g if adaptive else g
         length = (theta * g if adaptive else g).double().square().sum().sqrt()
         shift += rho / ascent_steps * direction / (length + TINY).to(theta)
-    return _loss_at(objective, theta + shift) - before
+    return loss_at(objective, theta + shift) - before
 
 
 def average_sharpness(
@@ -94,7 +94,7 @@ def average_sharpness(
     samples = torch.empty(num_pairs, dtype=torch.float64)
     for i in range(num_pairs):
         shift = sigma * torch.randn(len(theta), dtype=theta.dtype, device=theta.device, generator=generator)
-        samples[i] = (_loss_at(objective, theta + shift) + _loss_at(objective, theta - shift)) / 2 - before
+        samples[i] = (loss_at(objective, theta + shift) + loss_at(objective, theta - shift)) / 2 - before
     stderr = float(samples.std()) / math.sqrt(num_pairs) if num_pairs > 1 else math.nan
     return AverageSharpnessEstimate(float(samples.mean()), stderr, num_pairs)
 
@@ -120,7 +120,7 @@ def _placed(objective: Objective, vector: Tensor) -> list[Tensor]:
         return [piece.clone().requires_grad_() for piece in objective.split(vector, theta)]
 
 
-def _loss_at(objective: Objective, vector: Tensor) -> float:
+def loss_at(objective: Objective, vector: Tensor) -> float:
     """L at the weights `vector`."""
     total = torch.zeros((), dtype=torch.float64)
     with objective.evaluation(_placed(objective, vector)) as theta:

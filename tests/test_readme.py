@@ -1,4 +1,4 @@
-"""The examples of the README and of three pages run as they stand, one after the other."""
+"""The examples of the README and of four pages run as they stand, one after the other."""
 
 import re
 from pathlib import Path
@@ -52,6 +52,17 @@ def test_examples_of_the_performance_page_run(capsys):
         exec(compile(block, "performance.md", "exec"), names)
     assert "spectral_density: 240 products" in capsys.readouterr().out
     assert float(names["v"].norm()) == pytest.approx(1.0)
+
+
+def test_examples_of_the_noise_page_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "noise-and-stability.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(compile(block, "noise-and-stability.md", "exec"), names)
+    assert names["noise"].steps == 5
+    assert "transient" in capsys.readouterr().out
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

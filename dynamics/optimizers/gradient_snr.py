@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ...landscape.blocks import Partition
+from ...landscape.spatial_snr import Form, gsnr_of
 from .option_checks import check_choice, check_number
-
-Form = Literal["paper", "code"]
 
 
 class BlockSNR(NamedTuple):
@@ -65,17 +64,6 @@ def _block_snr(name: str, g: Tensor, eps: float, form: Form) -> BlockSNR:
     variance, mean = float(g.var(correction=0)), float(g.mean())
     ratio = mean**2 / variance if variance else (math.inf if mean else math.nan)
     return BlockSNR(name, g.numel(), value, value / math.sqrt(g.numel()), ratio)
-
-
-def gsnr_of(g: Tensor, eps: float, form: Form) -> Tensor:
-    """G of one tensor, a float64 scalar; infinite where the denominator is zero and the gradient is not."""
-    g = g.detach().double()
-    if form == "paper":
-        spread = (g.var(correction=0) + eps).sqrt()
-    else:
-        spread = (g.std() if g.numel() > 1 else g.new_zeros(())) + eps
-    size = g.norm()
-    return size / spread if float(spread) else (size * math.inf if float(size) else size)
 
 
 def spread_over_size(g: Tensor) -> float:

@@ -16,10 +16,20 @@ from .study import Study
 
 # The module of each, loaded when it is asked for.
 STUDIES = {
+    "sam-late": "sam_late",
+    "sgd-noise-regimes": "sgd_noise_regimes",
+    "heavy-tails": "heavy_tails",
+    "accelerated-sgd": "accelerated_sgd",
+    "coherence": "coherence",
+    "warmup": "warmup",
+    "uv-model": "uv_model",
+    "phase-diagram": "phase_diagram",
+    "sign-transformer": "sign_transformer",
     "low-bit-adamw": "low_bit_adamw",
     "sgd-sai": "sgd_sai",
     "psgd": "psgd",
     "adam-mini": "adam_mini",
+    "block-heterogeneity": "block_heterogeneity",
     "slim-adam": "slim_adam",
     "sign-methods": "sign_methods",
     "adam-convergence": "adam_convergence",

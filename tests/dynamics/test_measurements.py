@@ -236,23 +236,36 @@ def test_density(case):
 
 def test_block_spectra(case):
     measurement = BlockSpectra(dense_limit=70, num_steps=20, num_probes=2, tol=1e-6)
-    *blocks, heterogeneity = measurement.measure(case.point())
+    rows = {}
+    for row in measurement.measure(case.point()):
+        rows.setdefault(row.quantity, []).append(row)
+    blocks, [heterogeneity] = rows["block_sharpness"], rows["heterogeneity"]
     assert [row.block for row in blocks] == list(case.objective.layout.names)
     offsets = case.objective.layout.offsets
-    for row, first, last in zip(blocks, offsets[:-1], offsets[1:], strict=True):
+    scales = []
+    for i, (row, first, last) in enumerate(zip(blocks, offsets[:-1], offsets[1:], strict=True)):
         exact = torch.linalg.eigvalsh(case.hessian[first:last, first:last])
-        assert row.quantity == "block_sharpness"
-        assert abs(row.value - float(exact[-1])) <= row.error + 1e-12 * float(exact.abs().max())
+        scales.append(float(exact.abs().max()))
+        assert abs(row.value - float(exact[-1])) <= row.error + 1e-12 * scales[-1]
         nodes, weights = (heterogeneity.arrays[f"{row.block}/{kind}"] for kind in ("nodes", "weights"))
         assert float(weights.sum()) == pytest.approx(1.0)
         if last - first <= 70:
             torch.testing.assert_close(nodes, exact, rtol=1e-8, atol=1e-10)
+            rank, negative = rows["block_effective_rank"][i], rows["block_negative_mass"][i]
+            assert rank.block == negative.block == row.block
+            assert rank.value == pytest.approx(float(exact.abs().sum() ** 2 / exact.square().sum()))
+            assert negative.value == pytest.approx(float(exact.clamp(max=0).abs().sum() / exact.abs().sum()))
     js = heterogeneity.arrays["js_divergence"]
     pairs = js[tuple(torch.triu_indices(len(blocks), len(blocks), 1))]
-    assert heterogeneity.quantity == "heterogeneity"
     assert heterogeneity.value == pytest.approx(float(pairs.mean()))
+    assert heterogeneity.error > 0, "one block is sampled"
+    assert rows["heterogeneity_max"][0].value == pytest.approx(float(pairs.max()))
+    assert rows["heterogeneity_linear"][0].value != pytest.approx(heterogeneity.value)
+    [ratio], [spread] = rows["heterogeneity_scale_ratio"], rows["heterogeneity_scale_spread"]
+    assert abs(ratio.value - max(scales) / min(scales)) <= ratio.error + 1e-9 * ratio.value
+    assert spread.value == pytest.approx(float(torch.tensor(scales).double().log10().std()), rel=1e-4)
 
 
 def test_blocks_of_ones_own_choice(case):
-    *blocks, _ = BlockSpectra(blocks="layer", num_steps=5, num_probes=1).measure(case.point())
-    assert [row.block for row in blocks] == ["0", "2", "4"]
+    rows = BlockSpectra(blocks="layer", num_steps=5, num_probes=1).measure(case.point())
+    assert [row.block for row in rows if row.quantity == "block_sharpness"] == ["0", "2", "4"]

@@ -129,6 +129,10 @@ def assert_identical(first: list, second: list):
             assert a == b
 
 
+BLOCK_QUANTITIES = ("sharpness", "effective_rank", "negative_mass")
+HETEROGENEITY_QUANTITIES = ("max", "linear", "scale_ratio", "scale_spread")
+
+
 def autocast():
     return torch.autocast("cpu", dtype=torch.bfloat16)
 
@@ -149,7 +153,8 @@ def test_training_is_bit_identical_with_everything_measured(make_optimizer, arou
         monitor.close()
     assert_identical(traces(model, optimizer), expected)
 
-    quantities = {m.name for m in EVERYTHING} | {"block_sharpness"}
+    quantities = {m.name for m in EVERYTHING} | {f"block_{kind}" for kind in BLOCK_QUANTITIES}
+    quantities |= {f"heterogeneity_{kind}" for kind in HETEROGENEITY_QUANTITIES}
     if not isinstance(optimizer, torch.optim.SGD):
         quantities.remove("stability_threshold")
     assert set(trajectory.quantities()) == quantities

@@ -30,6 +30,8 @@ def test_every_measurement_has_a_name():
         "sharpness", "bottom_eigenvalue", "trace", "density", "block_spectra",
         "preconditioned_sharpness", "threshold_ratio", "effective_sharpness", "optimizer_state_bytes", "codec_error",
         "sam_sharpness", "average_sharpness", "sam_edge", "second_moment_snr", "beta_condition",
+        "gradient_snr", "gradient_noise_scale", "gradient_alignment", "gradient_tail_index", "batch_sharpness",
+        "coherence",
     }  # fmt: skip
     assert set(measurement_names()) == expected
     for name in expected:

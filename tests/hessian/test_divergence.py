@@ -2,12 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import integrate, stats
 from scipy.spatial.distance import jensenshannon
 from sharpscope.hessian import divergence
-from sharpscope.hessian.divergence import js_divergence, spectral_masses
+from sharpscope.hessian.divergence import js_divergence, js_grid_sum, js_to, spectral_masses
 
 LN2 = math.log(2)
 
@@ -110,9 +111,40 @@ def test_masses_are_normalised_on_the_grid():
     assert abs(spread - 0.2**2) < 1e-9
 
 
+def test_one_row_against_many_is_a_row_of_the_matrix():
+    masses = torch.rand(6, 20, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    masses = masses / masses.sum(1, keepdim=True)
+    torch.testing.assert_close(js_to(masses[2], masses), js_divergence(masses)[2], atol=1e-15, rtol=0)
+
+
+@pytest.mark.parametrize("points", [4001, 40001])
+def test_a_sum_over_a_grid_is_the_divergence_over_the_spacing(points):
+    """Two Gaussians on a fine grid, against SciPy; disjoint ones give ln 2 over the spacing, above any bound."""
+    near, far = [atoms(0.0), atoms(0.02)], [atoms(0.0), atoms(1.0)]
+    spacing = (0.02 + 2) / (points - 1)
+    grid = torch.linspace(-1, 1.02, points, dtype=torch.float64).numpy()
+    # SciPy divides what is nearly zero by what is nearer.
+    p, q = (np.where(abs(grid - mean) < 0.2, stats.norm(mean, 0.01).pdf(grid), 0.0) for mean in (0.0, 0.02))
+    found = js_grid_sum(near, sigma=0.01, num_points=points)
+    assert torch.equal(found, found.T)
+    assert float(found[0, 1]) == pytest.approx(jensenshannon(p, q) ** 2 / spacing, rel=1e-9)
+    assert float(found[0, 1]) * spacing == pytest.approx(float(js(near, axis="linear", sigma=0.01)[0, 1]), abs=1e-6)
+    assert float(js_grid_sum(far, sigma=0.01, num_points=points)[0, 1]) == pytest.approx(LN2 * (points - 1) / 3)
+
+
+def test_the_weights_of_a_grid_sum_count():
+    light, heavy = (
+        js_grid_sum([atoms(0.0, 0.5, weights=[w, 1 - w]), atoms(0.0)], sigma=0.01, num_points=5000)[0, 1]
+        for w in (0.9, 0.1)
+    )
+    assert float(heavy) > 5 * float(light)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: js_grid_sum([atoms(0.0, 1000.0)]), "`sigma` is 0.00316 but the grid of 50000 points has a spacing"),
+        (lambda: js_grid_sum([atoms(0.0)], num_points=1), "`num_points` is 1"),
         (lambda: js_divergence(torch.tensor([[1.0, -0.1]])), "non-negative and finite"),
         (lambda: js_divergence(torch.tensor([[1.0, math.nan]])), "non-negative and finite"),
         (lambda: js_divergence(torch.ones(3)), r"shape \[3\]"),

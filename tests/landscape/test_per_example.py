@@ -1,7 +1,5 @@
 """Per-example statistics against a loop over examples with autograd, for every operation that a rule knows."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,7 +30,7 @@ def assert_same(found, expected, weights):
     mean, second, norms, G = expected
     for a, b in ((found.mean, mean), (found.second_moment, second), (found.norms, norms)):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10 * float(b.abs().max()))
-    if found.gradients is not None:
+    if found.kept is not None:
         torch.testing.assert_close(found.gradients, G, rtol=1e-10, atol=1e-10 * float(G.abs().max()))
     identity = float(torch.as_tensor(weights, dtype=torch.float64) @ found.norms.square())
     assert float(found.second_moment.sum()) == pytest.approx(identity, rel=1e-10)
@@ -260,23 +258,23 @@ def check(build, method, *, expected_method=None, **options):
 
 @pytest.mark.parametrize("name", FACTORS)
 def test_every_operation_with_a_rule(name):
-    check(FACTORS[name], "auto", expected_method="factors")
-    check(FACTORS[name], "factors", per_example_gradients=True, chunk_size=4)
-    check(FACTORS[name], "factors", chunk_size=1)
+    check(FACTORS[name], "auto", expected_method="factors", collect="sums")
+    check(FACTORS[name], "factors", chunk_size=4)
+    check(FACTORS[name], "factors", chunk_size=1, collect="sums")
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_everything_else_goes_another_way(name):
     build, method = OTHERS[name]
-    check(build, "auto", expected_method=method)
-    check(build, "auto", per_example_gradients=True, chunk_size=4)
+    check(build, "auto", expected_method=method, collect="sums")
+    check(build, "auto", chunk_size=4)
 
 
 @pytest.mark.parametrize("method", ["vmap", "loop"])
 @pytest.mark.parametrize("name", ["mlp", "tied", "norms"])
 def test_the_other_methods_agree(name, method):
-    check(FACTORS[name], method, expected_method=method, per_example_gradients=True)
-    check(FACTORS[name], method, chunk_size=4)
+    check(FACTORS[name], method, expected_method=method)
+    check(FACTORS[name], method, chunk_size=4, collect="sums")
 
 
 def test_what_factors_do_not_cover_is_refused_by_name():
@@ -368,7 +366,7 @@ def test_uneven_batches_chunks_and_a_frozen_part():
         for data in ((x, y), [(x[:1], y[:1]), (x[1:5], y[1:5]), (x[5:], y[5:])]):
             for size in (None, 2):
                 objective = Objective.supervised(model, nn.CrossEntropyLoss(), data, params=params, chunk_size=size)
-                found = per_example_statistics(objective, per_example_gradients=True)
+                found = per_example_statistics(objective)
                 assert found.method == "factors"
                 assert_same(found, expected, [1 / B] * B)
 
@@ -392,11 +390,11 @@ def test_sequences_with_ignored_labels(method, flat, make_problem):
     expected = reference(model, one, rows, weights)
     for data in ((x, y), [(x[:4], y[:4]), (x[4:], y[4:])]):
         objective = Objective.supervised(model, nn.CrossEntropyLoss(), data, split=split)
-        found = per_example_statistics(objective, method=method, per_example_gradients=True)
+        found = per_example_statistics(objective, method=method)
         assert found.num_examples == 9
         assert found.weights.tolist() == pytest.approx(weights)
         assert_same(found, expected, weights)
-        assert_same(per_example_statistics(objective, method=method), expected, weights)
+        assert_same(per_example_statistics(objective, method=method, collect="sums"), expected, weights)
     if flat:  # targets that are flat in the data, too
         objective = Objective.supervised(model, nn.CrossEntropyLoss(), (x, y.flatten()))
         assert_same(per_example_statistics(objective, method=method), expected, weights)
@@ -528,57 +526,6 @@ def test_what_has_no_examples_is_refused():
         per_example_statistics(Objective.from_closure(lambda t: t.square().sum(), torch.ones(2)))
     with pytest.raises(TypeError, match="`objective` is a int"):
         per_example_statistics(3)  # type: ignore[arg-type]
-
-
-def test_variance_snr_and_noise_scale_by_brute_force(mlp):
-    model, data = mlp
-    found = per_example_statistics(Objective.supervised(model, nn.CrossEntropyLoss(), data), per_example_gradients=True)
-    G, N = found.gradients, found.num_examples
-    mean, variance = G.mean(0), G.var(0, unbiased=True)
-    torch.testing.assert_close(found.variance(), variance, rtol=1e-9, atol=1e-14)
-    torch.testing.assert_close(found.snr(by="element"), mean.square() / variance, rtol=1e-8, atol=1e-14)
-    assert found.snr() == pytest.approx(float(mean.square().sum() / variance.sum()), rel=1e-10)
-    by_parameter, first = 0.0, found.snr(by="parameter")
-    n = 0
-    for name, p in model.named_parameters():
-        part = slice(n, n := n + p.numel())
-        by_parameter = float(mean[part].square().sum() / variance[part].sum())
-        assert first[name] == pytest.approx(by_parameter, rel=1e-9)
-
-    def scale(rows):
-        """From all pairs: |G|² is the mean of g_i · g_j over i ≠ j."""
-        gram, m = rows @ rows.T, len(rows)
-        squared = float(gram.sum() - gram.trace()) / (m * (m - 1))
-        return (float(gram.trace()) / m - squared) / squared
-
-    noise = found.noise_scale()
-    assert noise.estimate == pytest.approx(scale(G), rel=1e-9)
-    assert float(noise) == noise.estimate
-    left_out = torch.tensor([scale(torch.cat([G[:i], G[i + 1 :]])) for i in range(N)])
-    stderr = math.sqrt((N - 1) / N * float((left_out - left_out.mean()).square().sum()))
-    assert noise.stderr == pytest.approx(stderr, rel=1e-4)
-    cheap = per_example_statistics(Objective.supervised(model, nn.CrossEntropyLoss(), data)).noise_scale()
-    assert cheap.estimate == pytest.approx(noise.estimate, rel=1e-9)
-    assert math.isnan(cheap.stderr)
-
-
-def test_sums_have_the_scatter_of_means(mlp):
-    model, data = mlp
-    mean = per_example_statistics(Objective.supervised(model, nn.CrossEntropyLoss(), data))
-    total = per_example_statistics(Objective.supervised(model, nn.CrossEntropyLoss(reduction="sum"), data))
-    torch.testing.assert_close(mean.variance(), total.variance(), rtol=1e-9, atol=1e-15)
-    assert mean.snr() == pytest.approx(total.snr(), rel=1e-10)
-    assert mean.noise_scale().estimate == pytest.approx(total.noise_scale().estimate, rel=1e-9)
-
-
-def test_one_example_has_no_scatter(mlp):
-    model, (x, y) = mlp
-    found = per_example_statistics(Objective.supervised(model, nn.CrossEntropyLoss(), (x[:1], y[:1])))
-    for function in (found.variance, found.snr, found.noise_scale):
-        with pytest.raises(ValueError, match="at least two examples"):
-            function()
-    with pytest.raises(ValueError, match="`by` is 'layer'"):
-        found.snr(by="layer")  # type: ignore[call-overload]
 
 
 def test_rows_that_change_places_by_their_values_are_not_mixed_up():
