@@ -24,6 +24,7 @@ from .regimes import Regime, regimes
 from .replay import ReplayResult, replay
 from .row import Row
 from .sam_sharpness import AverageSharpness, SAMEdge, SAMSharpness
+from .saturation import SteepestDrop, steepest_drop
 from .schema import TrajectoryError
 from .second_moment_snr import SecondMomentSNR, second_moments
 from .snr_profile import SNRProfile, derive_rules, snr
@@ -79,6 +80,7 @@ __all__ = [
     "Series",
     "Sharpness",
     "StabilityThreshold",
+    "SteepestDrop",
     "ThresholdRatio",
     "Trace",
     "TrainingDiverged",
@@ -114,6 +116,7 @@ __all__ = [
     "second_moment_radius",
     "second_moments",
     "snr",
+    "steepest_drop",
     "train",
     "uv_map",
     "uv_sharpness",

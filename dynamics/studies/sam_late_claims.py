@@ -39,7 +39,7 @@ def sharpness_claims(loss: str, runs: Parts, *, whole: bool) -> list[Claim]:
             falls if whole else None,
             "of the loss that is minimised; the reference does not say how it scales pixels and squares: here each "
             "pixel is standardised, with which SGD alone comes near its cross-entropy figure, and squares are a mean "
-            "over outputs",
+            "over outputs, chosen after trials of both",
         )
     ]
     if loss == "cross-entropy":
