@@ -273,8 +273,8 @@ def _crossovers(lab: Laboratory) -> tuple[list[Claim], Panel]:
                 "reported",
                 f"T_c ~ P^({law2}), T_c/κ = {_listed(np.exp(np.log(doubled).mean(1)))} for P = {_listed(sizes)}",
                 None,
-                "the plateau grows with P as well, so that this T_c need not fall as the one at a fixed ‖w‖ does; seeds "
-                "were cut from 16 to 6, and the smallest T raised from 0.1 κ to 0.2 κ, to save time",
+                "the plateau grows with P as well, so that this T_c need not fall as the one at a fixed ‖w‖ does; "
+                "seeds were cut from 16 to 6, and the smallest T raised from 0.1 κ to 0.2 κ, to save time",
             ),
         ]
         for label, values in ((f"‖w‖ = {ESCAPE:g}", escape), ("‖w‖ = 2 x plateau", doubled)):
