@@ -280,10 +280,15 @@ def _all_studies(folder: Path, quick: bool, jobs: int) -> None:
             failed[name] = result
             say(f"{name} failed: {result}")
             continue
-        _draw(result, folder / name)
-        _replication_table(folder, quiet=True)
         say(f"{name}: {result.held} of {result.judged} claims hold; {result.seconds:.0f} s")
-    _replication_table(folder)
+        try:
+            _draw(result, folder / name)
+        except Exception as error:  # the other studies go on
+            failed[name] = f"its figure: {error}"
+            say(f"{name} failed: {failed[name]}")
+        _replication_table(folder, quiet=True)
+    if len(failed) < len(STUDIES):
+        _replication_table(folder)
     if failed:
         raise ValueError(
             f"{len(failed)} of {len(STUDIES)} studies did not run whole: {', '.join(failed)}; see {folder}"

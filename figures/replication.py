@@ -7,7 +7,15 @@ from html import escape
 
 import pandas as pd
 
-from ..dynamics.studies.replication import INTRODUCTION, SUMMARY_HEAD, anchor, summary_rows
+from ..dynamics.studies.replication import (
+    INTRODUCTION,
+    MISSED_HEAD,
+    SUMMARY_HEAD,
+    anchor,
+    missed_claims,
+    not_run,
+    summary_rows,
+)
 from ..dynamics.studies.result import StudyResult
 
 STYLE = """
@@ -32,8 +40,21 @@ def replication_html(results: Mapping[str, StudyResult]) -> str:
     return (
         f"<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n<title>Replication</title>\n"
         f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>Replication</h1>\n<p>{escape(INTRODUCTION)}</p>\n"
-        f"{_table(summary)}\n{sections}</body>\n</html>\n"
+        f"{_table(summary)}\n<p>{escape(not_run(results))}</p>\n{_missed(results)}{sections}</body>\n</html>\n"
     )
+
+
+def _missed(results: Mapping[str, StudyResult]) -> str:
+    rows = [
+        [
+            f"<a href='#{anchor(r.title)}'>{escape(r.name)}</a>",
+            *map(escape, (c.statement, c.expected, c.measured, c.note)),
+        ]
+        for r, c in missed_claims(results)
+    ]
+    if not rows:
+        return ""
+    return f"<h2>What does not hold here</h2>\n{_table(pd.DataFrame(rows, columns=list(MISSED_HEAD)))}\n"
 
 
 def _linked_rows(results: Mapping[str, StudyResult]) -> list[list[str]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..landscape.objective import Objective
 from ..landscape.selection import near_names
 from .batch_moments import BatchMoments
-from .example_factors import ExampleGram, gauss_newton_gram
+from .example_factors import ExampleGram, gauss_newton_gram, rounding_of_factors
 from .example_hessians import positive_hessian_factors
 from .mean_square import MeanSquareStability
 
@@ -99,8 +99,12 @@ class Coherence:
         """
         began = time.perf_counter()
         MeanSquareStability.check(factors)
-        norms = torch.zeros(len(factors)) if gradient_norms is None else gradient_norms
-        found = ExampleGram(None, factors.double(), norms.double(), torch.finfo(torch.float64).eps, "given")
+        n, k, r = factors.shape
+        norms = torch.zeros(n) if gradient_norms is None else gradient_norms
+        if norms.shape != (n,):
+            raise ValueError(f"`gradient_norms` is {list(norms.shape)}; give one for each of the {n} examples")
+        rounding = max(k * torch.finfo(torch.float64).eps, rounding_of_factors(torch.finfo(factors.dtype).eps, n * r))
+        found = ExampleGram(None, factors.double(), norms.double(), rounding, "given")
         return _coherence(found, "given", "all", torch.zeros(len(factors), dtype=torch.float64), began)
 
     def thresholds(self, batch_size: float, sampling: str = "bernoulli") -> StabilityThresholds:
@@ -162,10 +166,13 @@ def coherence(
     how much is negative, and λ_1(H) is that of the mean of the positive parts.
 
     outputs="sketch" puts `num_columns` random combinations of the outputs in their place. tr(H_i H_j) is then estimated
-    without bias for i ≠ j; S_ii and λ_1(H_i) come out too large, σ and thresholds with them off, by an amount of
-    the order of (outputs that matter) / num_columns. Of use where an example has hundreds of outputs.
+    without bias for i ≠ j; S_ii, λ_1(H_i) and λ_1(H) come out too large and every threshold too small, by a share of
+    the order of (outputs that matter) / num_columns; σ is off either way. `outputs` of the result says so. Of use to
+    compare points or examples where each has hundreds of outputs.
 
-    Everything after the inner products of the factors is independent of the number of parameters.
+    Everything after the inner products of the factors is independent of the number of parameters. Directions in which
+    the mean Hessian is not told from rounding are left out, for float32 those below about 1e-13 n r of the largest for
+    r outputs; this decides radii close to 1 (how slowly what is stable decays), not thresholds.
 
     Args:
         objective: For "ggn" of the supervised form. A few hundred examples are enough and affordable.
@@ -173,7 +180,8 @@ def coherence(
         outputs: "all" or "sketch", for "ggn".
         num_columns: Of a sketch.
         seed: Of the sketch.
-        memory_budget: Bytes for factors and their inner products; None takes the objective's.
+        memory_budget: Bytes for factors and their inner products; None takes the objective's. Thresholds then take
+            some matrices of the rank of the inner products more, and a Lanczos basis of up to 2 GiB.
         method: "auto", "vmap" or "loop" over examples.
 
     Raises:
@@ -221,14 +229,14 @@ def _coherence(found: ExampleGram, factor: str, outputs: str, cut: Tensor, began
         _, k, r = factors.shape
         own = torch.linalg.eigvalsh(factors.mT @ factors if r < k else factors @ factors.mT)
         squares = _products(factors)
-        stability = MeanSquareStability(factors, rank_tol=k * found.eps)
+        stability = MeanSquareStability(factors, rank_tol=found.rounding)
     else:
         assert found.gram is not None
         r = len(found.gram) // n
         blocks = found.gram.reshape(n, r, n, r)
         own = torch.linalg.eigvalsh(torch.stack([blocks[i, :, i] for i in range(n)]))
         squares = blocks.square().sum((1, 3))
-        stability = MeanSquareStability.from_gram(found.gram, n, rank_tol=n * r * found.eps)
+        stability = MeanSquareStability.from_gram(found.gram, n, rank_tol=found.rounding)
     S = squares.clamp(min=0.0).sqrt()
     each = own[:, -1].clamp(min=0.0).cpu()
     lambda1_S, largest = float(torch.linalg.eigvalsh(S)[-1]), float(each.max())

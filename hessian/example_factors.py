@@ -26,7 +26,7 @@ class ExampleGram:
         gram: Inner products [n r, n r] of the columns of all factors L_i [parameters, r], in float64; or
         factors: the factors themselves [n, parameters, r], where they are fewer numbers.
         gradient_norms: ‖∇ℓ_i‖ [n], in float64.
-        eps: Machine epsilon of the type in which the factors were made.
+        rounding: Share of their largest at which eigenvalues of the mean Hessian cannot be told from rounding.
         method: "vmap" or "loop".
         sketched: Whether columns of some example are random combinations.
     """
@@ -34,7 +34,7 @@ class ExampleGram:
     gram: Tensor | None
     factors: Tensor | None
     gradient_norms: Tensor
-    eps: float
+    rounding: float
     method: str
     sketched: bool = False
 
@@ -64,6 +64,14 @@ def gauss_newton_gram(
     raise AssertionError("unreachable: the last method returns or raises")
 
 
+def rounding_of_factors(eps: float, num_columns: int) -> float:
+    """Of eigenvalues of Σ F_i F_iᵀ for factors with relative errors of some eps, multiplied in float64.
+
+    The errors E move singular values by at most ‖E‖_F, about eps ‖F‖_F, and eigenvalues as their squares.
+    """
+    return num_columns * max(torch.finfo(torch.float64).eps, (4 * eps) ** 2)
+
+
 class _Work:
     def __init__(
         self,
@@ -89,10 +97,10 @@ class _Work:
     def gram(self, name: str) -> ExampleGram:
         n, r, p = len(self.places), self.columns, self.num_parameters
         block = self._block()
-        eps = torch.finfo(self.objective.dtype).eps
+        rounding = rounding_of_factors(torch.finfo(self.objective.dtype).eps, n * r)
         if p <= n * r and block >= n:
             factors = self._factors(0, n)
-            return ExampleGram(None, factors.mT, self.gradient_norms, eps, name, self.sketched)
+            return ExampleGram(None, factors.mT, self.gradient_norms, rounding, name, self.sketched)
         # The matrix, its coordinates and what their computation takes.
         if 4 * 8 * (n * r) ** 2 > self.memory_budget:
             raise InsufficientMemory(
@@ -106,10 +114,10 @@ class _Work:
             for second in range(first, n, block):
                 right = left if second == first else self._factors(second, min(second + block, n)).reshape(-1, p)
                 rows, columns = slice(first * r, first * r + len(left)), slice(second * r, second * r + len(right))
-                products = (left @ right.T).double()
+                products = left.double() @ right.T.double()
                 gram[rows, columns], gram[columns, rows] = products, products.T
                 del right
-        return ExampleGram(gram, None, self.gradient_norms, eps, name, self.sketched)
+        return ExampleGram(gram, None, self.gradient_norms, rounding, name, self.sketched)
 
     def _block(self) -> int:
         """Examples whose factors are held at one time: all, or as many as fit twice; with room for a part anew."""

@@ -43,7 +43,7 @@ def positive_hessian_factors(objective: Objective, *, memory_budget: int, method
     factors = (vectors * positive.sqrt().unsqueeze(1))[:, :, -rank:]
     cut = values.clamp(max=0.0).norm(dim=1) / values.norm(dim=1).clamp(min=1e-300)
     norms = (torch.cat([g for _, g in found]).double() * weights.unsqueeze(1)).norm(dim=1).cpu()
-    return ExampleGram(None, factors, norms, eps, name), cut.cpu()
+    return ExampleGram(None, factors, norms, p * eps, name), cut.cpu()
 
 
 def _hessians(

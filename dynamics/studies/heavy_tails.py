@@ -90,7 +90,7 @@ def mean_claims(laboratory: Laboratory, seeds: Sequence[int]) -> tuple[list[Clai
         Claim(
             "E|ξ| = (2/π) Γ(1 − 1/α)",
             "Samorodnitsky, Taqqu 1994, section 1.2; own reference run: 1.7074 against 1.7055, 1.2694 against 1.2687",
-            f"within 2 % for α = {listed(MEAN_ALPHAS)} with 2e6 samples",
+            f"within 2 % for α = {listed(MEAN_ALPHAS)} with {num:g} samples",
             "; ".join(
                 f"α = {alpha:g}: {listed([run['mean'] for run in runs[alpha]], 5)} against "
                 f"{runs[alpha][0]['expected']:.5g}"

@@ -102,7 +102,7 @@ def known_spectrum(seed: int, *, num_steps: int = 100, num_probes: int = 10) -> 
     }
 
 
-def sampled_against_exact(model: str, *, seed: int, num: int) -> dict[str, Any]:
+def sampled_against_exact(model: str, *, seed: int, num: int, text: str | None = None) -> dict[str, Any]:
     """The default sampling of the large blocks of a network beside the exact spectra.
 
     Returns:
@@ -110,9 +110,9 @@ def sampled_against_exact(model: str, *, seed: int, num: int) -> dict[str, Any]:
         largest eigenvalue; "js", "stderr", "exact_js": mean divergence on the log axis, sampled with its standard
         error, and exact; "linear", "exact_linear" on the linear axis; "products" of both.
     """
-    net = network(model, seed).double()
+    net = network(model, seed, text).double()
     with single_thread():
-        problem, blocks = objective(net, model, num), weight_blocks(net)
+        problem, blocks = objective(net, model, num, text), weight_blocks(net)
         sampled = block_spectra(problem, blocks)
         exact = block_spectra(problem, blocks, dense_limit=DENSE_LIMIT)
     w1, top = {}, {}

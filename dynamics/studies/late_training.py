@@ -187,7 +187,7 @@ def switch_run(seed: int, loss: str, epochs: int, before: int, after: int, every
     Args:
         epochs: Of SGD before the switch.
         before, after: Epochs to record before and after it.
-        every: Steps between two measurements; the loss is measured in each of the first 60 steps of SAM.
+        every: Steps between two measurements; the loss is measured at each of the first 60 steps after the switch.
 
     Returns:
         "step" relative to the switch and "loss"; "sharp_step" and "sharpness"; "sgd_loss", "sgd_step": as SGD goes on.
@@ -199,9 +199,12 @@ def switch_run(seed: int, loss: str, epochs: int, before: int, after: int, every
         found: dict[str, list[float]] = {name: [] for name in ("step", "loss", "sharp_step", "sharpness")}
         switch = epochs * STEPS_PER_EPOCH
 
+        def due(t: int) -> bool:
+            return 0 <= t <= 60 or t % every == 0
+
         def watch(step: int) -> None:
             t = step - switch
-            if 0 <= t <= 60 or t % every == 0:
+            if due(t):
                 found["step"].append(t)
                 found["loss"].append(objective.loss())
             if t % (2 * STEPS_PER_EPOCH) == 0:
@@ -215,7 +218,7 @@ def switch_run(seed: int, loss: str, epochs: int, before: int, after: int, every
         sgd: dict[str, list[float]] = {"sgd_step": [], "sgd_loss": []}
 
         def watch_sgd(step: int) -> None:
-            if (step - switch) % every == 0:
+            if due(step - switch):
                 sgd["sgd_step"].append(step - switch)
                 sgd["sgd_loss"].append(objective.loss())
 

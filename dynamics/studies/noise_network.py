@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..power_law import crossing, crossover, power_law_fit
+from ..power_law import crossing, crossover
 from .laboratory import Laboratory
-from .result import Claim, Heat, Line, Panel
+from .noise_fits import Table, law, line, listed, means, place, told
+from .result import Claim, Heat, Panel
 from .scaled_model import parity_runs
 
 PAPER = "Sclocchi et al. 2023"
@@ -22,8 +22,6 @@ LAZY, SMALL = (10.0, 30.0, 100.0), 0.1  # SMALL: T α where the noise is below t
 FEATURE = 0.1  # the largest α of feature learning
 SIZES, SWEPT_ALPHA, SWEPT = (128, 256, 512, 1024), 10.0, (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 MAP_SIZE, ESCAPE = 512, 0.1
-
-Table = NDArray[np.float64]
 
 
 def network_claims(lab: Laboratory) -> tuple[list[Claim], list[Panel]]:
@@ -66,22 +64,22 @@ def _regimes(
     )
     low = [alpha for alpha in alphas if alpha <= FEATURE]
     feature = changes[: len(low)]
-    steep, gentle = (power_law_fit(x, _filled(y)) for x, y in ((LAZY, lazy), (low, feature)))
+    steep, gentle = (law(x, y) for x, y in ((LAZY, lazy), (low, feature)))
     where = f"P = {num}, {seeds} seeds"
-    lazies, features = (_listed(_means(y)) for y in (lazy, feature))
+    lazies, features = (listed(means(y)) for y in (lazy, feature))
     claims = [
         Claim(
             "Digits parity: ‖w − w_0‖/‖w_0‖ falls as 1/α in lazy training",
             "derived here: the model is linear in the weights there",
             "slope over α in -1 ± 0.15 for α >= 10 at small T",
-            f"{steep} ({lazies} for α = {_listed(LAZY)} at T = {SMALL:g}/α; {where})",
+            f"{told(steep)} ({lazies} for α = {listed(LAZY)} at T = {SMALL:g}/α; {where})",
             abs(steep.exponent + 1) <= 0.15,
         ),
         Claim(
             "Digits parity: ‖w − w_0‖/‖w_0‖ does not depend on α in feature learning",
             "a guess made before any run, not of the paper",
             "slope over α in 0 ± 0.15 for α <= 0.1 at small T",
-            f"{gentle} ({features} for α = {_listed(low)} at T = {small:g}; {where})",
+            f"{told(gentle)} ({features} for α = {listed(low)} at T = {small:g}; {where})",
             abs(gentle.exponent) <= 0.15,
             "f − f_0 has to reach 1/α, and f grows as ‖w‖ to the power D + 1 = 2: the weights have to grow with 1/α",
         ),
@@ -89,16 +87,16 @@ def _regimes(
             "Digits parity: ‖w − w_0‖/‖w_0‖ grows as α^(−1/(D+1)) in feature learning",
             "derived here, from the homogeneity of a ReLU network with D = 1 hidden layers",
             "slope over α in -0.5 ± 0.15 for α <= 0.1 at small T",
-            f"{gentle}",
+            told(gentle),
             abs(gentle.exponent + 0.5) <= 0.15,
             "stated after the values of a first run were known",
         ),
     ]
     lines = [
-        Line(f"T = {SMALL:g}/α", list(LAZY), _means(lazy), marker=True),
-        Line(f"∝ α^{steep.exponent:.2f}", list(LAZY), steep.at(LAZY).tolist()),
-        Line(f"T = {small:g}", low, _means(feature), marker=True),
-        Line(f"∝ α^{gentle.exponent:.2f}", low, gentle.at(low).tolist()),
+        line(f"T = {SMALL:g}/α", LAZY, means(lazy), marker=True),
+        line(f"∝ α^{steep.exponent:.2f}", LAZY, steep.at(LAZY)),
+        line(f"T = {small:g}", low, means(feature), marker=True),
+        line(f"∝ α^{gentle.exponent:.2f}", low, gentle.at(low)),
     ]
     title = "Digits: change of the weights, small T"
     return claims, Panel(title, "scale α", "‖w − w₀‖ / ‖w₀‖", lines, x_log=True, y_log=True)
@@ -110,37 +108,37 @@ def _regimes(
 def _noise(lab: Laboratory, seeds: int) -> tuple[list[Claim], Panel]:
     sizes = SIZES[:2] if lab.quick else SIZES
     runs = {num: _runs(lab, f"swept-P{num}", seeds, [SWEPT_ALPHA], SWEPT, num) for num in sizes}
-    changes = {num: _filled(found["change"][:, 0]) for num, found in runs.items()}  # [T, seeds]
+    changes = {num: found["change"][:, 0] for num, found in runs.items()}  # [T, seeds]
     num = sizes[min(2, len(sizes) - 1)]
     raised = changes[num][SWEPT.index(0.3)] / changes[num][SWEPT.index(0.01)]
-    critical = np.array([[crossover(SWEPT, y) or math.nan for y in changes[size].T] for size in sizes])
-    escape = np.array([[crossing(SWEPT, y, ESCAPE) or math.nan for y in changes[size].T] for size in sizes])
-    law, escaping = power_law_fit(sizes, critical), power_law_fit(sizes, escape)
+    critical = np.array([[place(crossover, SWEPT, y) for y in changes[size].T] for size in sizes])
+    escape = np.array([[place(crossing, SWEPT, y, ESCAPE) for y in changes[size].T] for size in sizes])
+    leaving, escaping = law(sizes, critical), law(sizes, escape)
     last = np.stack([changes[size][-1] for size in sizes])
     times = np.stack([runs[size]["time"][-1, 0] for size in sizes])
-    gamma, duration = power_law_fit(sizes, last), power_law_fit(sizes, times)
-    delta = power_law_fit(SWEPT[-3:], changes[num][-3:])
+    gamma, duration = law(sizes, last), law(sizes, times)
+    delta = law(SWEPT[-3:], changes[num][-3:])
     claims = [
         Claim(
             "Digits parity: noise takes the weights further in lazy training",
             PAPER,
             "‖w − w_0‖ at T = 0.3 above that at T = 0.01, α = 10, each seed",
-            f"{_listed(raised)} x at P = {num}",
+            f"{listed(raised)} x at P = {num}",
             bool((raised > 1).all()),
         ),
         Claim(
             "Digits parity: T_c, where ‖w − w_0‖ is twice its plateau, falls with P",
             PAPER + " for T_c ~ P^(−a)",
             "exponent of P below 0 by more than two standard errors, α = 10",
-            f"T_c ~ P^({law}); T_c = {_listed(_means(critical))} for P = {_listed(sizes)}, {seeds} seeds",
-            law.exponent < -2 * law.error,
-            f"the plateau itself grows with P: {_listed([_means(changes[size])[0] for size in sizes])}",
+            f"T_c ~ P^({told(leaving)}); T_c = {listed(means(critical))} for P = {listed(sizes)}, {seeds} seeds",
+            leaving.exponent < -2 * leaving.error,
+            f"the plateau is {listed([means(changes[size])[0] for size in sizes])} for P = {listed(sizes)}",
         ),
         Claim(
             f"Digits parity: the T at which ‖w − w_0‖/‖w_0‖ reaches {ESCAPE:g} falls with P",
             "derived here, as the T_c ~ P^(−a) of a lazy regime that ends at a fixed change of the weights",
             "exponent of P below 0 by more than two standard errors, α = 10",
-            f"T ~ P^({escaping}); T = {_listed(_means(escape))} for P = {_listed(sizes)}, {seeds} seeds",
+            f"T ~ P^({told(escaping)}); T = {listed(means(escape))} for P = {listed(sizes)}, {seeds} seeds",
             escaping.exponent < -2 * escaping.error,
             "added after a short run had shown that the T_c above need not fall",
         ),
@@ -148,12 +146,12 @@ def _noise(lab: Laboratory, seeds: int) -> tuple[list[Claim], Panel]:
             "Digits parity: ‖w − w_0‖ ~ T^δ P^γ and t* ~ T P^b above T_c",
             PAPER,
             "reported",
-            f"δ = {delta} (T = {_listed(SWEPT[-3:])}, P = {num}); γ = {gamma}, b = {duration} (T = {SWEPT[-1]:g}); "
-            f"a = γ/δ would be {gamma.exponent / delta.exponent:.2g}; α = 10",
+            f"δ = {told(delta)} (T = {listed(SWEPT[-3:])}, P = {num}); γ = {told(gamma)}, b = {told(duration)} "
+            f"(T = {SWEPT[-1]:g}); a = γ/δ would be {told(gamma.exponent / delta.exponent, '.2g')}; α = 10",
             None,
         ),
     ]
-    lines = [Line(f"P = {size}", list(SWEPT), _means(changes[size]), marker=True) for size in sizes]
+    lines = [line(f"P = {size}", SWEPT, means(changes[size]), marker=True) for size in sizes]
     title = f"Digits: change of the weights, α = {SWEPT_ALPHA:g}"
     return claims, Panel(title, "temperature T = η/B", "‖w − w₀‖ / ‖w₀‖", lines, x_log=True, y_log=True)
 
@@ -166,32 +164,33 @@ def _diagram(
 ) -> tuple[list[Claim], list[Panel]]:
     change, error = (found[key].mean(-1) for key in ("change", "error"))
     lazy, noisy, feature = (0, -1), (-1, -1), (0, 0)  # T and α
-    best = [temperatures[int(np.nanargmin(column))] for column in error.T]
-    spread = found["error"].std(2).mean()
+    best = [temperatures[int(np.nanargmin(column))] if np.isfinite(column).any() else math.nan for column in error.T]
+    spreads = found["error"].std(2)
+    spread = float(spreads[np.isfinite(spreads)].mean()) if np.isfinite(spreads).any() else math.nan
     claims = [
         Claim(
             "Digits parity: raising T and lowering α both leave the lazy regime",
             PAPER,
             "‖w − w_0‖/‖w_0‖ above three times that at the largest α and the smallest T",
-            f"{change[noisy] / change[lazy]:.3g} x at (α, T) = ({alphas[-1]:g}, {temperatures[-1]:g}), "
-            f"{change[feature] / change[lazy]:.3g} x at ({alphas[0]:g}, {temperatures[0]:g})",
-            bool(min(change[noisy], change[feature]) > 3 * change[lazy]),
+            f"{told(change[noisy] / change[lazy])} x at (α, T) = ({alphas[-1]:g}, {temperatures[-1]:g}), "
+            f"{told(change[feature] / change[lazy])} x at ({alphas[0]:g}, {temperatures[0]:g})",
+            bool(np.min([change[noisy], change[feature]]) > 3 * change[lazy]),  # NaN where one of them did not end
             "three was set here",
         ),
         Claim(
             "Digits parity: raising T and lowering α can change the test error in opposite directions",
             PAPER,
             "reported",
-            f"error {100 * error[lazy]:.2g} % at (α, T) = ({alphas[-1]:g}, {temperatures[0]:g}), "
-            f"{100 * error[noisy]:.2g} % at the largest T, {100 * error[feature]:.2g} % at the smallest α; spread over "
-            f"seeds {100 * spread:.1g} %",
+            f"error {told(100 * error[lazy], '.2g')} % at (α, T) = ({alphas[-1]:g}, {temperatures[0]:g}), "
+            f"{told(100 * error[noisy], '.2g')} % at the largest T, {told(100 * error[feature], '.2g')} % at the "
+            f"smallest α; spread over seeds {told(100 * spread, '.1g')} %",
             None,
         ),
         Claim(
             "Digits parity: for small α the best T is of order α^k with k = (D−1)/(D+1) = 0",
             PAPER,
             "reported",
-            f"best T {_listed(best)} for α = {_listed(alphas)} of those tried",
+            f"best T {listed(best)} for α = {listed(alphas)} of those tried",
             None,
         ),
     ]
@@ -208,19 +207,3 @@ def _heat(
     cells = [[None if math.isnan(value) else float(value) for value in row] for row in values]
     heat = Heat(list(alphas), list(temperatures), cells, label, log)
     return Panel(title, "scale α", "temperature T = η/B", [], x_log=True, y_log=True, heat=heat)
-
-
-def _filled(values: Table) -> Table:
-    """Refuses what a fit would choke on."""
-    if np.isnan(values).any():
-        raise RuntimeError("a run of the network did not fit all examples; raise MAX_UPDATES")
-    return values
-
-
-def _means(values: Table) -> list[float]:
-    """Geometric, over the last axis."""
-    return np.exp(np.log(values).mean(-1)).tolist()
-
-
-def _listed(values: Sequence[float] | Table) -> str:
-    return ", ".join(f"{float(value):g}" if float(value).is_integer() else f"{float(value):.3g}" for value in values)

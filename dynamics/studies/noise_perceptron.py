@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..power_law import PowerLaw, crossing, crossover, power_law_fit
+from ..power_law import PowerLaw, crossing, crossover
 from .laboratory import Laboratory
-from .result import Claim, Line, Panel
+from .noise_fits import Table, law, line, listed, means, place, told
+from .result import Claim, Panel
 from .until_fitted import perceptron_runs, stationary_noise
 
 PAPER = "Sclocchi et al. 2023"
@@ -24,8 +24,6 @@ CROSSOVER_RATIOS = (0.2, 0.5, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 # The weights' size whose temperature is followed over P: reached at T > 10 κ for all of them.
 ESCAPE = 10.0
 
-Table = NDArray[np.float64]
-
 
 def perceptron_claims(lab: Laboratory) -> tuple[list[Claim], list[Panel]]:
     """Checks of the exponents, of the linearity in T, of the noise, and of the range of T and B where they hold."""
@@ -37,13 +35,12 @@ def perceptron_claims(lab: Laboratory) -> tuple[list[Claim], list[Panel]]:
 
 
 def _runs(lab: Laboratory, name: str, seeds: int, variations: Sequence[dict[str, Any]]) -> Table:
-    """w_1, ‖w_⊥‖ and t* of each variation and seed, [3, variations, seeds]."""
+    """w_1, ‖w_⊥‖ and t* of each variation and seed, [3, variations, seeds]; NaN where not all examples were fitted."""
     common = {"chi": 1, "temperature": 1.0, "num_examples": 256, "batch_size": BATCH, "margin": MARGIN, "dim": DIM}
     settings = [{**common, **variation, "seed": seed} for variation in variations for seed in range(seeds)]
     runs = lab.part(f"perceptron-{name}", perceptron_runs, settings=settings)
-    if not all(run["fitted"] for run in runs):
-        raise RuntimeError(f"the perceptron did not fit all examples in part {name}; raise `max_updates`")
-    found = np.array([[run[key] for run in runs] for key in ("signal", "noise", "time")])
+    keys = ("signal", "noise", "time")
+    found = np.array([[run[key] if run["fitted"] else math.nan for run in runs] for key in keys])
     return found.reshape(3, len(variations), seeds)
 
 
@@ -81,7 +78,7 @@ def _exponents(lab: Laboratory) -> tuple[list[Claim], list[Panel]]:
 
 def _pooled(grid: dict[tuple[int, float], Table], chi: int, k: int) -> PowerLaw:
     """Of y/T over P, all T and seeds together."""
-    return power_law_fit(SIZES, np.concatenate([grid[chi, t][k] / t for t in TEMPERATURES], axis=1))
+    return law(SIZES, np.concatenate([grid[chi, t][k] / t for t in TEMPERATURES], axis=1))
 
 
 def _slope(statement: str, fit: PowerLaw, theory: float, within: tuple[float, float], seeds: int) -> Claim:
@@ -90,9 +87,9 @@ def _slope(statement: str, fit: PowerLaw, theory: float, within: tuple[float, fl
         f"Perceptron: {statement}",
         DERIVED,
         f"slope over P = 128..1024 in [{low:.3g}, {high:.3g}], which is [{within[0]:.2f}, {within[1]:.2f}] x theory",
-        f"{fit} (theory {theory:g}; T = 1 and 4 together, {seeds} seeds each)",
+        f"{told(fit)} (theory {theory:g}; T = 1 and 4 together, {seeds} seeds each)",
         low <= fit.exponent <= high,
-        "slopes lie below theory at finite P",
+        f"{told(fit.exponent / theory)} x theory; the tolerance allows for the finite P",
     )
 
 
@@ -103,7 +100,7 @@ def _twice(first: PowerLaw, second: PowerLaw) -> Claim:
         "Perceptron: the exponent of w_1 at χ = 0 is about twice that at χ = 1",
         DERIVED,
         "ratio in [1.5, 2.5]",
-        f"{ratio:.3g} ± {error:.2g}",
+        f"{told(ratio)} ± {told(error, '.2g')}",
         1.5 <= ratio <= 2.5,
         "'about' was read as within a quarter",
     )
@@ -119,14 +116,14 @@ def _linearity(grid: dict[tuple[int, float], Table], chi: int) -> list[Claim]:
             f"Perceptron: w_1(t*) is linear in T, χ = {chi}",
             OWN,
             "w_1 at T = 4 over w_1 at T = 1 in [3.4, 5] at each P",
-            f"{_listed(ratios[0])} for P = {_listed(SIZES)}; geometric means over {small.shape[2]} seeds",
+            f"{listed(ratios[0])} for P = {listed(SIZES)}; geometric means over {small.shape[2]} seeds",
             bool(((ratios[0] >= 3.4) & (ratios[0] <= 5)).all()),
         ),
         Claim(
             f"Perceptron: t* is linear in T, χ = {chi}",
             OWN,
             "geometric mean over P of t* at T = 4 over t* at T = 1 in [3, 6]",
-            f"{mean:.3g} ± {error:.2g} ({_listed(ratios[2])} for P = {_listed(SIZES)})",
+            f"{told(mean)} ± {told(error, '.2g')} ({listed(ratios[2])} for P = {listed(SIZES)})",
             3 <= mean <= 6,
         ),
     ]
@@ -135,13 +132,14 @@ def _linearity(grid: dict[tuple[int, float], Table], chi: int) -> list[Claim]:
 def _noise(grid: dict[tuple[int, float], Table], chi: int) -> Claim:
     levels = {t: grid[chi, t][1].mean(1) / (t * math.sqrt(DIM) / 2) for t in TEMPERATURES}
     everything = np.concatenate(list(levels.values()))
-    spread = max(float(level.max() / level.min()) - 1 for level in levels.values())
+    spread = float(np.max([level.max() / level.min() - 1 for level in levels.values()]))
     limit = stationary_noise(chi, DIM) / (math.sqrt(DIM) / 2)
     return Claim(
         f"Perceptron: ‖w_⊥‖ is about T √d/2 whatever P, χ = {chi}",
         DERIVED,
         "‖w_⊥‖/(T √d/2) in [0.7, 1.3], varying by less than 30 % over P",
-        "; ".join(f"T = {t:g}: {_listed(level)}" for t, level in levels.items()) + f"; spread {100 * spread:.0f} %",
+        "; ".join(f"T = {t:g}: {listed(level)}" for t, level in levels.items())
+        + f"; spread {told(100 * spread, '.0f')} %",
         bool(((everything >= 0.7) & (everything <= 1.3)).all()) and spread < 0.3,
         "the estimate takes −x_⊥·w_⊥/‖w_⊥‖ as 1 on unfitted examples; with its mean, √2 Γ((3+χ)/2) / Γ(1+χ/2), and "
         f"‖x_⊥‖² = d + χ there the limit of fresh examples is {limit:.3f}",
@@ -149,12 +147,12 @@ def _noise(grid: dict[tuple[int, float], Table], chi: int) -> Claim:
 
 
 def _larger(table: Table, sizes: Sequence[int], chi: int) -> Claim:
-    signal, time = power_law_fit(sizes, table[0]), power_law_fit(sizes, table[2])
+    signal, time = law(sizes, table[0]), law(sizes, table[2])
     return Claim(
         f"Perceptron: exponents at larger P, χ = {chi}",
         DERIVED,
         f"theory {1 / (1 + chi):g} for w_1 and {(3 + chi) / (1 + chi):g} for t*",
-        f"w_1 {signal}, t* {time} over P = {sizes[0]}..{sizes[-1]}, T = 1, {table.shape[2]} seeds",
+        f"w_1 {told(signal)}, t* {told(time)} over P = {sizes[0]}..{sizes[-1]}, T = 1, {table.shape[2]} seeds",
         None,
     )
 
@@ -166,9 +164,8 @@ def _scaling_panel(
     for chi in CHIS:
         fit = fits[chi, k]
         for t in TEMPERATURES:
-            values = np.exp(np.log(grid[chi, t][k]).mean(1)) / t
-            lines.append(Line(f"χ = {chi}, T = {t:g}", list(SIZES), values.tolist(), marker=True))
-        lines.append(Line(f"χ = {chi}: {y} ∝ T P^{fit.exponent:.2f}", list(SIZES), fit.at(SIZES).tolist()))
+            lines.append(line(f"χ = {chi}, T = {t:g}", SIZES, np.divide(means(grid[chi, t][k]), t), marker=True))
+        lines.append(line(f"χ = {chi}: {y} ∝ T P^{fit.exponent:.2f}", SIZES, fit.at(SIZES)))
     return Panel(title, "examples P", label, lines, x_log=True, y_log=True)
 
 
@@ -178,68 +175,68 @@ def _scaling_panel(
 def _collapse(lab: Laboratory) -> tuple[list[Claim], Panel]:
     seeds = 4 if lab.quick else 32
     signal = _runs(lab, "batch", seeds, [{"batch_size": batch} for batch in BATCHES])[0]
-    means, errors = signal.mean(1), signal.std(1, ddof=1) / math.sqrt(seeds)
-    small = means[: BATCHES.index(16) + 1]
-    spread, growth = float(small.max() / small.min()) - 1, float(means[-1] / means[0])
-    broken = crossover(BATCHES, means, 1.2)
-    measured = ", ".join(f"{mean:.3g} ± {error:.2g}" for mean, error in zip(means, errors, strict=True))
-    where = f"w_1 {measured} for B = {_listed(BATCHES)}; T = 1, P = 256, χ = 1, {seeds} seeds"
+    levels, errors = signal.mean(1), signal.std(1, ddof=1) / math.sqrt(seeds)
+    small = levels[: BATCHES.index(16) + 1]
+    spread, growth = float(small.max() / small.min()) - 1, float(levels[-1] / levels[0])
+    broken = place(crossover, BATCHES, levels, 1.2)
+    measured = ", ".join(f"{mean:.3g} ± {error:.2g}" for mean, error in zip(levels, errors, strict=True))
+    where = f"w_1 {measured} for B = {listed(BATCHES)}; T = 1, P = 256, χ = 1, {seeds} seeds"
     claims = [
         Claim(
             "Perceptron: runs with the same T = η/B agree while B is small",
             OWN,
             "w_1(t*) equal within 20 % for B <= 16, more than twice that at B = 64",
-            f"{100 * spread:.0f} % between the largest and the smallest, {growth:.3g} x at B = 64; {where}",
+            f"{told(100 * spread, '.0f')} % between the largest and the smallest, {told(growth)} x at B = 64; {where}",
             spread <= 0.2 and growth > 2,
         ),
         Claim(
             "Perceptron: the collapse on T ends near B* = P^(1/(1+χ)) = 16",
             DERIVED,
             "w_1 at 1.2 x its value at B = 1 for a B in [8, 32]",
-            "never" if broken is None else f"B = {broken:.3g}",
-            broken is not None and 8 <= broken <= 32,
+            f"B = {told(broken)}",
+            8 <= broken <= 32,
             "'near' was read as within a factor of two, the break as the 20 % above",
         ),
     ]
-    line = Line("w₁(t*)", list(BATCHES), means.tolist(), errors.tolist(), marker=True)
-    return claims, Panel("Perceptron at T = 1: batch size", "batch size B", "w₁(t*)", [line], x_log=True, y_log=True)
+    lines = [line("w₁(t*)", BATCHES, levels, errors, marker=True)]
+    return claims, Panel("Perceptron at T = 1: batch size", "batch size B", "w₁(t*)", lines, x_log=True, y_log=True)
 
 
 def _plateau(lab: Laboratory) -> tuple[list[Claim], Panel]:
     seeds = 4 if lab.quick else 32
     signal = _runs(lab, "plateau", seeds, [{"temperature": ratio * MARGIN} for ratio in RATIOS])[0]
-    means, errors = signal.mean(1), signal.std(1, ddof=1) / math.sqrt(seeds)
-    at = dict(zip(RATIOS, means.tolist(), strict=True))
+    levels, errors = signal.mean(1), signal.std(1, ddof=1) / math.sqrt(seeds)
+    at = dict(zip(RATIOS, levels.tolist(), strict=True))
     change, growth = abs(at[0.1] / at[0.01] - 1), at[100] / at[10]
-    found = crossover(RATIOS, means)
-    measured = ", ".join(f"{mean:.3g} ± {error:.1g}" for mean, error in zip(means, errors, strict=True))
+    found = place(crossover, RATIOS, levels)
+    measured = ", ".join(f"{mean:.3g} ± {error:.1g}" for mean, error in zip(levels, errors, strict=True))
     claims = [
         Claim(
             "Perceptron: for T far below the margin κ the noise does not matter",
             OWN,
             "w_1(t*) changes by less than 15 % from T = κ/100 to κ/10",
-            f"{100 * change:.2g} %; w_1 {measured} for T/κ = {_listed(RATIOS)}; P = 256, χ = 1, {seeds} seeds",
+            f"{told(100 * change, '.2g')} %; w_1 {measured} for T/κ = {listed(RATIOS)}; P = 256, χ = 1, {seeds} seeds",
             change < 0.15,
         ),
         Claim(
             "Perceptron: for T far above κ the noise sets w_1",
             OWN,
             "6 to 10 x from T = 10 κ to 100 κ",
-            f"{growth:.3g} x",
+            f"{told(growth)} x",
             6 <= growth <= 10,
         ),
         Claim(
             "Perceptron: the noise takes over where T passes κ",
             OWN,
             "T_c, where w_1 is twice its plateau, between κ and 10 κ",
-            "never" if found is None else f"T_c = {found:.3g} κ",
-            found is not None and 1 <= found <= 10,
+            f"T_c = {told(found)} κ" if math.isfinite(found) else told(found),
+            1 <= found <= 10,
         ),
     ]
-    line = Line("w₁(t*)", list(RATIOS), means.tolist(), errors.tolist(), marker=True)
-    levels = {"2 x plateau": 2 * float(means[0])}
+    lines = [line("w₁(t*)", RATIOS, levels, errors, marker=True)]
+    marks = {"2 x plateau": 2 * at[RATIOS[0]]} if math.isfinite(at[RATIOS[0]]) else {}
     title = "Perceptron: from the margin to the noise"
-    return claims, Panel(title, "T / κ", "w₁(t*)", [line], x_log=True, y_log=True, levels=levels)
+    return claims, Panel(title, "T / κ", "w₁(t*)", lines, x_log=True, y_log=True, levels=marks)
 
 
 def _crossovers(lab: Laboratory) -> tuple[list[Claim], Panel]:
@@ -252,18 +249,19 @@ def _crossovers(lab: Laboratory) -> tuple[list[Claim], Panel]:
             varied = [{**common, "temperature": ratio * MARGIN} for ratio in CROSSOVER_RATIOS]
             tables.append(_runs(lab, f"crossover-chi{chi}-P{num}", seeds, varied))
         weights = np.stack([np.hypot(table[0], table[1]) for table in tables])  # ‖w‖ = ‖w − w_0‖, [P, T, seeds]
-        escape = np.array([[crossing(CROSSOVER_RATIOS, w, ESCAPE) or math.nan for w in each.T] for each in weights])
-        doubled = np.array([[crossover(CROSSOVER_RATIOS, w) or math.nan for w in each.T] for each in weights])
-        law, law2 = power_law_fit(sizes, escape), power_law_fit(sizes, doubled)
-        gamma, delta = power_law_fit(sizes, weights[:, -1]), power_law_fit(CROSSOVER_RATIOS[-4:], weights[-1, -4:])
-        a, predicted = -law.exponent, gamma.exponent / delta.exponent
+        escape = np.array([[place(crossing, CROSSOVER_RATIOS, w, ESCAPE) for w in each.T] for each in weights])
+        doubled = np.array([[place(crossover, CROSSOVER_RATIOS, w) for w in each.T] for each in weights])
+        leaving, doubling = law(sizes, escape), law(sizes, doubled)
+        gamma, delta = law(sizes, weights[:, -1]), law(CROSSOVER_RATIOS[-4:], weights[-1, -4:])
+        a, predicted = -leaving.exponent, gamma.exponent / delta.exponent
         claims += [
             Claim(
                 f"Perceptron: the T at which ‖w‖ leaves a fixed size falls as P^(−γ/δ), χ = {chi}",
                 PAPER + " for T_c ~ P^(−a); derived here for a = γ/δ",
                 "a within 20 % of γ/δ, both measured",
-                f"a = {a:.3g} ± {law.error:.2g}, γ/δ = {predicted:.3g} with γ = {gamma} at T = 1000 κ and δ = {delta} "
-                f"from 30 κ to 1000 κ; ‖w‖ = {ESCAPE:g}, P = {sizes[0]}..{sizes[-1]}, {seeds} seeds",
+                f"a = {told(a)} ± {told(leaving.error, '.2g')}, γ/δ = {told(predicted)} with γ = {told(gamma)} at T = "
+                f"1000 κ and δ = {told(delta)} from 30 κ to 1000 κ; ‖w‖ = {ESCAPE:g}, P = {sizes[0]}..{sizes[-1]}, "
+                f"{seeds} seeds",
                 abs(a / predicted - 1) <= 0.2,
                 "a first choice, ‖w‖ = 1, was left after a short run: it is reached near T = κ, where no power law is",
             ),
@@ -271,17 +269,13 @@ def _crossovers(lab: Laboratory) -> tuple[list[Claim], Panel]:
                 f"Perceptron: T_c as a power of P with T_c where ‖w‖ is twice its plateau, χ = {chi}",
                 PAPER + " for T_c ~ P^(−a)",
                 "reported",
-                f"T_c ~ P^({law2}), T_c/κ = {_listed(np.exp(np.log(doubled).mean(1)))} for P = {_listed(sizes)}",
+                f"T_c ~ P^({told(doubling)}), T_c/κ = {listed(means(doubled))} for P = {listed(sizes)}",
                 None,
-                "the plateau grows with P as well, so that this T_c need not fall as the one at a fixed ‖w‖ does; "
+                f"the plateau is ‖w‖ = {listed(means(weights[:, 0]))} for P = {listed(sizes)}; where it depends on P, "
+                "this T_c need not go as the one at a fixed ‖w‖ does; "
                 "seeds were cut from 16 to 6, and the smallest T raised from 0.1 κ to 0.2 κ, to save time",
             ),
         ]
         for label, values in ((f"‖w‖ = {ESCAPE:g}", escape), ("‖w‖ = 2 x plateau", doubled)):
-            means = np.exp(np.log(values).mean(1)).tolist()
-            lines.append(Line(f"χ = {chi}: {label}", list(sizes), means, marker=True))
+            lines.append(line(f"χ = {chi}: {label}", sizes, means(values), marker=True))
     return claims, Panel("Perceptron: crossover", "examples P", "T_c / κ", lines, x_log=True, y_log=True)
-
-
-def _listed(values: Sequence[float] | Table) -> str:
-    return ", ".join(f"{float(value):g}" if float(value).is_integer() else f"{float(value):.3g}" for value in values)

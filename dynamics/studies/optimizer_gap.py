@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from ..point import Point
 from ..spectra_measurements import BlockSpectra
 from ..workloads.digits import digits
 from ..workloads.examples import Dataset, Examples
-from ..workloads.text import text_windows
+from ..workloads.text import KJV_COMMAND, text_windows
 from .character_training import single_thread
 from .small_networks import (
     CharacterModel,
@@ -48,22 +49,31 @@ DENSE_LIMIT = 2048
 LAST_SHARE = 0.1
 
 # What a model is made of, and what it is trained on.
-MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
-    "MLP": ("digits", mlp),
-    "CNN": ("digits", cnn),
-    "MLP, scaled": ("digits", lambda: mlp(SCALE)),
-    "mixer": ("digits", lambda: PatchClassifier(MixerLayer())),
-    "ViT, 0.02": ("digits", lambda: gpt_start(PatchClassifier(Layer(causal=False)))),
-    "transformer, 0.02": ("text", lambda: gpt_start(_characters())),
-    "transformer, fan-in": ("text", lambda: fan_in_start(_characters())),
+MODELS: dict[str, tuple[str, Callable[[str | None], nn.Module]]] = {
+    "MLP": ("digits", lambda text: mlp()),
+    "CNN": ("digits", lambda text: cnn()),
+    "MLP, scaled": ("digits", lambda text: mlp(SCALE)),
+    "mixer": ("digits", lambda text: PatchClassifier(MixerLayer())),
+    "ViT, 0.02": ("digits", lambda text: gpt_start(PatchClassifier(Layer(causal=False)))),
+    "transformer, 0.02": ("text", lambda text: gpt_start(_characters(text))),
+    "transformer, fan-in": ("text", lambda text: fan_in_start(_characters(text))),
 }
 
 
-def network(name: str, seed: int) -> nn.Module:
-    """A model at its initial weights; the global random stream is left alone."""
+def installed_text() -> str:
+    """The King James Bible where the program that prints it is installed, else the manual inside CPython."""
+    return "kjv" if shutil.which(KJV_COMMAND[0]) else "pydoc"
+
+
+def network(name: str, seed: int, text: str | None = None) -> nn.Module:
+    """A model at its initial weights; the global random stream is left alone.
+
+    Args:
+        text: For models of text, as `source` of `text_windows`, here and below.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MODELS[name][1]()
+        return MODELS[name][1](text)
 
 
 def weight_blocks(model: nn.Module) -> list[str]:
@@ -71,12 +81,12 @@ def weight_blocks(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if p.ndim >= 2 and "positions" not in name]
 
 
-def objective(model: nn.Module, name: str, num: int) -> Objective:
+def objective(model: nn.Module, name: str, num: int, text: str | None = None) -> Objective:
     """Mean cross-entropy of the first `num` digits, or of the first characters of so many windows.
 
     BatchNorm uses the statistics of these examples: the loss that the optimizer descends.
     """
-    train = data(MODELS[name][0]).train
+    train = data(MODELS[name][0], text).train
     inputs, targets = train.inputs[:num], train.targets[:num]
     if inputs.is_floating_point():
         inputs = inputs.to(next(model.parameters()).dtype)
@@ -85,7 +95,7 @@ def objective(model: nn.Module, name: str, num: int) -> Objective:
     return Objective.supervised(model, nn.CrossEntropyLoss(), (inputs, targets), mode="train")
 
 
-def block_record(model: nn.Module, name: str, num: int) -> dict[str, Any]:
+def block_record(model: nn.Module, name: str, num: int, text: str | None = None) -> dict[str, Any]:
     """The block spectra of a model as the measurement `BlockSpectra` finds them, in float64.
 
     Returns:
@@ -95,7 +105,7 @@ def block_record(model: nn.Module, name: str, num: int) -> dict[str, Any]:
     model = copy.deepcopy(model).double()
     measurement = BlockSpectra(blocks=weight_blocks(model), dense_limit=DENSE_LIMIT)
     with single_thread():
-        rows = list(measurement.measure(Point(0, objective(model, name, num))))
+        rows = list(measurement.measure(Point(0, objective(model, name, num, text))))
     [main] = [row for row in rows if row.quantity == measurement.name]
     arrays, blocks = main.arrays or {}, [row.block for row in rows if row.quantity == "block_sharpness"]
     whole = {row.quantity.removeprefix(f"{measurement.name}_"): row.value for row in rows if not row.block}
@@ -137,6 +147,7 @@ def train(
     *,
     seed: int,
     steps: int,
+    text: str | None = None,
     at: Sequence[int] = (),
     record: Callable[[nn.Module], Any] | None = None,
 ) -> Training:
@@ -147,7 +158,7 @@ def train(
         seed: Of the weights and of the order of the data.
         at, record: `record(model)` after these numbers of steps.
     """
-    model, examples = network(name, seed), data(MODELS[name][0]).train
+    model, examples = network(name, seed, text), data(MODELS[name][0], text).train
     rule = make_optimizer(optimizer, model, {**OPTIONS[optimizer], "lr": lr})
     order = DataOrder(examples.num, BATCH_SIZE[MODELS[name][0]], seed)
     done = Training(model, [], {})
@@ -168,19 +179,19 @@ def train(
     return done
 
 
-def trained(name: str, optimizer: str, lr: float, *, seed: int, steps: int) -> dict[str, Any]:
+def trained(model: str, optimizer: str, lr: float, *, seed: int, steps: int, text: str | None = None) -> dict[str, Any]:
     """What `train` came to.
 
     Returns:
         "train": mean batch loss of the last tenth of the steps, nats, infinite if it diverged; "held_out" loss and
         "accuracy"; "curve": pairs [step, mean batch loss since the one before].
     """
-    done = train(name, optimizer, lr, seed=seed, steps=steps)
+    done = train(model, optimizer, lr, seed=seed, steps=steps, text=text)
     losses = done.losses
     if not math.isfinite(losses[-1]):
         return {"train": math.inf, "held_out": math.inf, "accuracy": 0.0, "curve": []}
     with single_thread():
-        held_out_loss, accuracy = _judged(done.model, data(MODELS[name][0]).held_out)
+        held_out_loss, accuracy = _judged(done.model, data(MODELS[model][0], text).held_out)
     last, every = losses[-max(1, int(steps * LAST_SHARE)) :], max(1, steps // 40)
     return {
         "train": sum(last) / len(last),
@@ -190,8 +201,11 @@ def trained(name: str, optimizer: str, lr: float, *, seed: int, steps: int) -> d
     }
 
 
-def tuned(model: str, optimizer: str, *, seeds: Sequence[int], steps: int) -> dict[str, Any]:
+def tuned(optimizer: str, attempt: Callable[[float, int], dict[str, Any]], *, seeds: Sequence[int]) -> dict[str, Any]:
     """The learning rate of lowest train loss on the first seed, and what it gives on all.
+
+    Args:
+        attempt: What `trained` returns, by learning rate and seed.
 
     Returns:
         "lr"; "train", "held_out", "accuracy" by seed; "tried": train loss by learning rate; "inside": whether the best
@@ -200,11 +214,11 @@ def tuned(model: str, optimizer: str, *, seeds: Sequence[int], steps: int) -> di
     found: dict[int, dict[str, Any]] = {}
 
     def run(k: int) -> float:
-        found[k] = trained(model, optimizer, half_decade(k), seed=seeds[0], steps=steps)
+        found[k] = attempt(half_decade(k), seeds[0])
         return found[k]["train"]
 
     best = search(run, FIRST_TRIES[optimizer], MOST_TRIES)
-    again = [found[best], *(trained(model, optimizer, half_decade(best), seed=seed, steps=steps) for seed in seeds[1:])]
+    again = [found[best], *(attempt(half_decade(best), seed) for seed in seeds[1:])]
     return {
         "lr": half_decade(best),
         **{key: [one[key] for one in again] for key in ("train", "held_out", "accuracy")},
@@ -233,13 +247,15 @@ def half_decade(k: int) -> float:
     return float(f"{10 ** (k / 2):.3g}")
 
 
-def spectra_along(model: str, lr: float, *, seed: int, at: Sequence[int], num: int) -> dict[str, Mapping[str, Any]]:
+def spectra_along(
+    model: str, lr: float, *, seed: int, at: Sequence[int], num: int, text: str | None = None
+) -> dict[str, Mapping[str, Any]]:
     """`block_record` by step of a training with Adam."""
 
     def record(net: nn.Module) -> dict[str, Any]:
-        return block_record(net, model, num)
+        return block_record(net, model, num, text)
 
-    return train(model, "Adam", lr, seed=seed, steps=max(at), at=at, record=record).records
+    return train(model, "Adam", lr, seed=seed, steps=max(at), text=text, at=at, record=record).records
 
 
 def _short(parameter: str) -> str:
@@ -258,16 +274,16 @@ def _judged(model: nn.Module, held_out: Examples) -> tuple[float, float]:
 
 
 @functools.cache
-def data(kind: str) -> Dataset:
+def data(kind: str, text: str | None = None) -> Dataset:
     """The digits, or windows of text."""
-    return digits() if kind == "digits" else _windows()[0]
+    return digits() if kind == "digits" else _windows(text)[0]
 
 
 @functools.cache
-def _windows() -> tuple[Dataset, str]:
-    found = text_windows(num_examples=NUM_WINDOWS, length=LENGTH)
+def _windows(text: str | None) -> tuple[Dataset, str]:
+    found = text_windows(text, num_examples=NUM_WINDOWS, length=LENGTH)
     return found.data, found.vocabulary
 
 
-def _characters() -> CharacterModel:
-    return CharacterModel(len(_windows()[1]), LENGTH)
+def _characters(text: str | None) -> CharacterModel:
+    return CharacterModel(len(_windows(text)[1]), LENGTH)

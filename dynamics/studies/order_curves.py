@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,16 +31,31 @@ def between(run: Run, name: str, start: int, end: int) -> tuple[list[float], lis
     return [t for t, _ in pairs], [v for _, v in pairs]
 
 
-def curves_apart(run: Run, other: Run, name: str, steps: int, *, stretch: int = 1) -> tuple[float, int]:
-    """Largest difference of a curve at t and that of another run at `stretch` times t, over the range of the curve.
+def differences(
+    run: Run, other: Run, name: str, steps: int, *, stretch: int = 1, clock: str = "step"
+) -> list[tuple[float, float]]:
+    """Difference of a curve at t and that of another run at `stretch` times t, over the range of the curve.
+
+    Args:
+        steps: Largest t.
+        clock: "step", or "test_step" for what is measured then.
 
     Returns:
-        That share, and its t among 0 to `steps`.
+        That share and its t, wherever both were measured. Of a curve that is constant the share is 0 or infinite.
     """
-    here = np.array([at(run, name, t) for t in range(steps + 1)])
-    there = np.array([at(other, name, stretch * t) for t in range(steps + 1)])
-    apart = np.abs(here - there) / np.ptp(here)
-    return float(apart.max()), int(apart.argmax())
+    there = dict(zip(other[clock], other[name], strict=True))
+    pairs = [
+        (t, v, there[stretch * t])
+        for t, v in zip(run[clock], run[name], strict=True)
+        if t <= steps and stretch * t in there
+    ]
+    spread = float(np.ptp([v for _, v, _ in pairs]))
+    return [(0.0 if v == w else abs(v - w) / spread if spread else math.inf, t) for t, v, w in pairs]
+
+
+def curves_apart(run: Run, other: Run, name: str, steps: int) -> tuple[float, float]:
+    """The largest of `differences`, and its t."""
+    return max(differences(run, other, name, steps), key=lambda pair: pair[0])
 
 
 def last_move(steps: Sequence[float], values: Sequence[float]) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -45,49 +46,70 @@ def digits_problem(
     return model, Objective.supervised(model, half_squares, data)
 
 
-def scan(depth: int, width: int, seed: int, cs: Sequence[float], zero_output: bool = False) -> dict[str, Any]:
-    """The critical constants of one network, and what the first ten steps make of its sharpness.
+def early_runs(
+    depth: int, width: int, seed: int, cs: Sequence[float], zero_output: bool = False, risen: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Trainings of one network at ascending learning rates, and what the first ten steps make of its sharpness.
 
     Learning rates are tried in turn up to the first at which the training diverges. The sharpness of every step and the
     path are measured up to the first c at which they rise.
 
+    Args:
+        risen: Those of "sharpness" and "path" that rise at a c below all of `cs`.
+
     Returns:
-        "lambda_0", "loss_0"; "constants" by name, None beyond the grid; and for each c tried "c", "sharpness", λ_10 /
-        λ_0, and "active", the share of the last hidden units that act on an example at the end, None where the run
-        diverged.
+        "lambda_0", "loss_0"; "runs", what `EarlyRun` takes; "risen" after them; and for each c tried "c", "sharpness",
+        λ_10 / λ_0, and "active", the share of the last hidden units that act on an example at the end, None where the
+        run diverged.
     """
     runs: list[EarlyRun] = []
+    known = set(risen)
     found: dict[str, Any] = {"c": [], "sharpness": [], "active": []}
     with single_thread():
         data = digits_data()
         model, objective = digits_problem(depth, width, seed, data, zero_output=zero_output)
         start = _weights(model)
         initial = learning_rate_from_c(objective, 1.0, tol=TOL, seed=seed).sharpness
-        constants = None
         for c in cs:
             model.load_state_dict(start)
             optimizer = SGD(model.parameters(), lr=c / initial)
-            every = 1 if constants is None or constants.c_sharp is None else None
+            every = None if "sharpness" in known else 1
             run = descend(model, objective, optimizer, EARLY_STEPS, measure_every=every, tol=TOL, proof_every=PROOF)
             path, diverged, last, active = None, run["diverged"], None, None
             if not diverged:
                 last = (run["sharpness"][-1] if every else _sharpness(objective)) / initial
-                if constants is None or not constants.has_barrier:
+                if "path" not in known:
                     path = _path(model, data, start)
                 diverged = descend(model, objective, optimizer, LATE_STEPS, measure_every=None)["diverged"]
                 active = float((model[:-1](data[0]) > 0).double().mean())
             runs.append(EarlyRun(c, run["loss"], run.get("sharpness"), diverged, path))
             for name, value in (("c", c), ("sharpness", last), ("active", active)):
                 found[name].append(None if diverged and name != "c" else value)
-            constants = critical_constants(runs, steps=EARLY_STEPS)
             if diverged:
                 break
-    assert constants is not None
+            alone = critical_constants(runs[-1:], steps=EARLY_STEPS)
+            rises = {"sharpness": alone.c_sharp is not None, "path": alone.has_barrier}
+            known |= {name for name, rising in rises.items() if rising}
     return {
         "lambda_0": initial,
         "loss_0": runs[0].loss[0],
-        "constants": {name: getattr(constants, name) for name in CONSTANTS},
+        "runs": [asdict(run) for run in runs],
+        "risen": sorted(known),
         **found,
+    }
+
+
+def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The critical constants of one network from its `early_runs`, the learning rates of one part after the other.
+
+    Returns:
+        "lambda_0", "loss_0"; "constants" by name, None beyond the grid; "c", "sharpness" and "active" of all parts.
+    """
+    constants = critical_constants([EarlyRun(**run) for part in parts for run in part["runs"]], steps=EARLY_STEPS)
+    return {
+        **{name: parts[0][name] for name in ("lambda_0", "loss_0")},
+        "constants": {name: getattr(constants, name) for name in CONSTANTS},
+        **{name: [value for part in parts for value in part[name]] for name in ("c", "sharpness", "active")},
     }
 
 

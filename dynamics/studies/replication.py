@@ -10,14 +10,15 @@ from typing import Any
 import torch
 
 from .catalogue import STUDIES, kept_result, study
-from .result import StudyResult, markdown_table
+from .result import Claim, StudyResult, markdown_table
 
 TABLE = "replication"  # .md and .html
 FAILURE = "failure.txt"
 INTRODUCTION = (
     "Claims of papers, put to the test on CPU cores by small experiments with the parts of this library. Each claim "
     "has its source, the rule it has to obey with its tolerance, what was measured and the verdict. What does not "
-    "hold here stays so; a number without a rule is reported."
+    "hold here stays so; a number without a rule is reported. Seconds are processor time; of studies "
+    "without a date, wall time."
 )
 
 
@@ -61,9 +62,23 @@ def _attempt(name: str, folder: Path, quick: bool) -> tuple[str, StudyResult | s
 
 
 def kept_results(folder: Path) -> dict[str, StudyResult]:
-    """The results that the studies' folders in `folder` hold, in the order of the catalogue."""
-    found = {name: kept_result(folder / name) for name in STUDIES}
+    """The results that the studies' folders in `folder` hold, in the order of the catalogue.
+
+    One whose last run failed is left out, though its earlier result is still there.
+    """
+    found = {name: kept_result(folder / name) for name in STUDIES if not (folder / name / FAILURE).exists()}
     return {name: result for name, result in found.items() if result is not None}
+
+
+def missed_claims(results: Mapping[str, StudyResult]) -> list[tuple[StudyResult, Claim]]:
+    """Every claim that does not hold, with its study."""
+    return [(result, claim) for result in results.values() for claim in result.claims if claim.holds is False]
+
+
+def not_run(results: Mapping[str, StudyResult]) -> str:
+    """A sentence that names the studies without a result, or nothing."""
+    absent = [name for name in STUDIES if name not in results]
+    return f"Not run whole: {', '.join(absent)}." if absent else ""
 
 
 def summary_rows(results: Mapping[str, StudyResult]) -> list[tuple[str, str, str, str, str, str]]:
@@ -82,6 +97,7 @@ def summary_rows(results: Mapping[str, StudyResult]) -> list[tuple[str, str, str
 
 
 SUMMARY_HEAD = ("paper", "hold", "do not hold", "reported", "seconds", "command")
+MISSED_HEAD = ("study", "claim", "expected", "measured", "why, or what must be known")
 
 
 def replication_markdown(results: Mapping[str, StudyResult]) -> str:
@@ -89,14 +105,13 @@ def replication_markdown(results: Mapping[str, StudyResult]) -> str:
     rows = ((*row[:5], f"`{row[5]}`") for row in summary_rows(results))
     missed = [
         (f"[{r.name}](#{anchor(r.title)})", c.statement, c.expected, c.measured, c.note)
-        for r in results.values()
-        for c in r.claims
-        if c.holds is False
+        for r, c in missed_claims(results)
     ]
     parts = [f"# Replication\n\n{INTRODUCTION}\n\n{markdown_table(SUMMARY_HEAD, rows)}"]
+    if absent := not_run(results):
+        parts.append(f"{absent}\n")
     if missed:
-        head = ("study", "claim", "expected", "measured", "why, or what must be known")
-        parts.append(f"## What does not hold here\n\n{markdown_table(head, missed)}")
+        parts.append(f"## What does not hold here\n\n{markdown_table(MISSED_HEAD, missed)}")
     for r in results.values():
         figure = f"\n![{r.title}]({r.name}/study.png)\n" if r.panels else ""
         parts.append(f"{r.markdown()}{figure}\n`{r.command}`{_made(r)}\n")

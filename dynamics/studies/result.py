@@ -88,7 +88,7 @@ class StudyResult:
         claims: In the order of the study.
         panels: Of its figure.
         quick: Whether it was the short version.
-        seconds: Measured time of all parts, those of earlier processes too.
+        seconds: Processor time of all parts, those of earlier processes too.
         origin: Versions, time and command of the process that wrote it.
     """
 

@@ -13,6 +13,7 @@ from .result import Claim, Line, Panel
 from .sam_escape import escape_run, full_batch_run
 from .sam_late_claims import (
     adversarial_claim,
+    connection_claim,
     error_claim,
     gap_closed,
     phases_claim,
@@ -67,8 +68,9 @@ def investigate(lab: Laboratory) -> tuple[list[Claim], list[Panel]]:
         *arrival_claims(escapes, whole=whole),
         *(claim for loss in losses for claim in sharpness_claims(loss, trained[loss], whole=whole)),
         *(valley_claim(loss, trained[loss], whole=whole) for loss in losses),
+        *(connection_claim(loss, trained[loss], whole=whole) for loss in losses),
         *(phases_claim(loss, switches[loss], whole=whole) for loss in losses),
-        reverse_claim(trained["cross-entropy"], whole=whole),
+        reverse_claim(trained["cross-entropy"], reverse, whole=whole),
         error_claim(trained["cross-entropy"]),
         adversarial_claim(attacked, whole=whole),
     ]

@@ -16,6 +16,7 @@ from .sign_transformer_experiments import patches_run
 
 # Relative difference to the reference run, for figures that it gives without a tolerance. Chosen before these runs.
 REFERENCE_TOLERANCE = 0.25
+# A fixed list, from a few trials with another seed.
 PATCH_LRS = {"SignGD": 1e-3, "Adam": 3e-3, "GD": 0.5}
 
 
@@ -116,7 +117,10 @@ def descent_claims(descent: Runs, sign: Runs) -> list[Claim]:
     # Of a share near 1/2 among 400 fresh examples, in each seed.
     error = 0.025 / math.sqrt(len(last))
     s11 = each(descent, lambda run: at(run, "s11", 100))
+    first = each(sign, lambda run: at(run, "value_signal", 0))
     sign_error = [run["test_error"][run["test_step"].index(100)] for run in sign]
+    sign_mean = sum(sign_error) / len(sign_error)
+    outside = max(0.425 - mean, mean - 0.45)
     return [
         Claim(
             "gradient descent learns more of the signal: value signal over value noise at t = 10 is larger than with "
@@ -126,15 +130,16 @@ def descent_claims(descent: Runs, sign: Runs) -> list[Claim]:
             f"GD {listed(gd)}; SignGD {listed(signs)}: {listed(factors, '.2g')} times; of what was learned since t = 0 "
             f"{listed(learned, '.2g')} times",
             all(a > b for a, b in zip(gd, signs, strict=True)),
-            "the value signal of SignGD at t = 10 is 2 η t plus a first value of about 7e-4 of either sign, on which "
-            "the factor depends",
+            f"the factor depends on the value signal at t = 0, {listed(first, '.1e')} with SignGD",
         ),
         Claim(
             "gradient descent generalises better",
             REFERENCE,
-            "mean test error at t = 100 in [.425, .45] within two standard errors, and below that of SignGD",
-            f"GD {listed(last)}, mean {mean:.3f} ± {error:.3f}; SignGD {listed(sign_error)}",
-            0.425 - 2 * error <= mean <= 0.45 + 2 * error and mean < sum(sign_error) / len(sign_error),
+            "mean test error at t = 100 in [.425, .45], and below that of SignGD",
+            f"GD {listed(last)}, mean {mean:.3f} ± {error:.3f} (standard error); SignGD {listed(sign_error)}, mean "
+            f"{sign_mean:.3f}",
+            0.425 <= mean <= 0.45 and mean < sign_mean,
+            "" if 0.425 <= mean <= 0.45 else f"{outside / error:.1f} standard errors outside",
         ),
         Claim(
             "gradient descent leaves attention on the signal",
@@ -149,7 +154,7 @@ def descent_claims(descent: Runs, sign: Runs) -> list[Claim]:
 
 def digits_claims(lab: Laboratory) -> list[Claim]:
     """On digits as patches among noise tokens; runs their parts."""
-    seeds, levels = ([0], [2.0]) if lab.quick else ([0, 1], [0.5, 4.0])
+    seeds, levels = ([0], [2.0]) if lab.quick else ([0, 1, 2], [0.5, 4.0])
     steps = 20 if lab.quick else 400
     texts = []
     for noise in levels:
@@ -178,6 +183,8 @@ def digits_claims(lab: Laboratory) -> list[Claim]:
             "reported only: test accuracy where the train loss first falls below 0.1",
             "; ".join(texts),
             None,
-            f"learning rates {', '.join(f'{name} {lr:g}' for name, lr in PATCH_LRS.items())}; at most {steps} steps",
+            f"learning rates {', '.join(f'{name} {lr:g}' for name, lr in PATCH_LRS.items())}: a fixed list, the same "
+            "for every σ and seed, chosen after a few trials with another seed and not the best of a scan; at most "
+            f"{steps} steps",
         )
     ]

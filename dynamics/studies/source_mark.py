@@ -5,8 +5,12 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import inspect
+import json
+import platform
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,20 +18,37 @@ from typing import Any
 import torch
 
 LIBRARY = __name__.split(".", maxsplit=1)[0]
+PACKAGES = ("numpy", "scipy", "scikit-learn")
+_BEGAN = time.time()
 
 
-def source_mark(function: Callable[..., Any]) -> str:
+def source_mark(function: Callable[..., Any]) -> str | None:
     """A hash of the source of `function`, of the modules of this library that its own module reaches by imports, of the
-    kernels' sources beside them, and of torch's version.
+    kernels' sources beside them, and of the versions of Python and the packages that compute.
 
     Nothing kept under another mark can have been computed by the same code. A module that loads others by a name that
-    it makes up counts as all modules beside it.
+    it makes up counts as all modules beside it. None where a file has changed since this process began: what runs may
+    then be the code of before.
     """
-    found = hashlib.sha256(torch.__version__.encode())
+    found = hashlib.sha256(json.dumps(_versions()).encode())
     found.update(inspect.getsource(function).encode())
     for name in sorted(reached(function.__module__)):
+        place = _place(name)
+        if place is not None and place.stat().st_mtime > _BEGAN:
+            return None
         found.update(name.encode() + _digest(name))
     return found.hexdigest()
+
+
+@functools.cache
+def _versions() -> list[str]:
+    versions = [platform.python_version(), torch.__version__]
+    for package in PACKAGES:
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(f"no {package}")
+    return versions
 
 
 def reached(name: str) -> set[str]:

@@ -139,15 +139,34 @@ def tracked(seed: int, Y: float, burn_in: int, steps: int) -> dict[str, Any]:
 
 
 def far_negative(seed: int) -> dict[str, float]:
-    """The sharpness found where the eigenvalue of largest magnitude is negative."""
+    """The sharpness found where the lowest eigenvalue is nearly as large as the largest, and that of the loss minus
+    c ‖θ‖²/2, where it is larger.
+
+    Two eigenvalues of the model's Hessian have the sum λ >= 0, the others are zero or come in pairs ±|D|, so that
+    without the quadratic the lowest is never larger in magnitude. With it all are lower by c, half the sharpness.
+    """
     model, x, _, _ = setting(seed, 1.0, scale=0.1)
     with torch.no_grad():
-        # p = 0 and q large: then f < 0, and above the target the block's lower eigenvalue wins.
+        # A = L + 2F = 0: F < 0, and the target is far above.
         model.v.copy_(-(model.U @ x) / x.norm())
         y = float(model(x)) + 50.0
-    dense = np.linalg.eigvalsh(dense_hessian(model, x, y))
-    found = float(top_eigenvalues(Hessian(objective_of(model, x, y)), tol=1e-11).values[0])
-    return {"found": found, "exact": model.sharpness_exact(x, y), "lowest": float(dense[0])}
+    lowest = float(np.linalg.eigvalsh(dense_hessian(model, x, y))[0])
+    exact = model.sharpness_exact(x, y)
+    c = exact / 2
+
+    def lowered(module: Any, batch: Tensor) -> Tensor:
+        return 0.5 * (module(batch) - y).square().mean() - 0.5 * c * sum(p.square().sum() for p in module.parameters())
+
+    plain, shifted = Hessian(objective_of(model, x, y)), Hessian(Objective(model, lowered, x[None]))
+    return {
+        "found": float(top_eigenvalues(plain, tol=1e-11).values[0]),
+        "exact": exact,
+        "lowest": lowest,
+        "shifted_search": float(top_eigenvalues(shifted, tol=1e-11).values[0]),
+        "shifted_tracker": float(EigenTracker(tol=1e-11).measure(shifted).values[0]),
+        "shifted_exact": exact - c,
+        "shifted_lowest": lowest - c,
+    }
 
 
 def signs(num: int, seed: int) -> dict[str, int]:

@@ -15,7 +15,7 @@ from ...hessian.eigs import top_eigenvalues
 from ...landscape.objective import Objective
 from ..bifurcation import detect_period
 from .descent import descend
-from .digit_problems import digit_examples, fully_connected, half_squares
+from .digit_problems import digit_examples, fully_connected, half_squares, one_hot
 
 NUM_DIGITS, HIDDEN = 200, 32
 # A small initial output, from which the sharpness rises all the way to the edge.
@@ -28,7 +28,8 @@ DEAD = 1e-6
 
 
 class Net:
-    """A net on its digits: "label" is tanh 64-32-1 onto the standardised label, "autoencoder" ReLU 64-32-64."""
+    """A net on its digits: "label" is tanh 64-32-1 onto the standardised label, "classes" tanh 64-32-10 onto one-hot
+    labels, "autoencoder" ReLU 64-32-64."""
 
     def __init__(self, task: str, seed: int) -> None:
         self.inputs, labels = digit_examples(NUM_DIGITS)
@@ -36,6 +37,8 @@ class Net:
         if task == "label":
             numbers = labels.double()[:, None]
             self.targets, activation = (numbers - numbers.mean()) / numbers.std(correction=0), nn.Tanh
+        elif task == "classes":
+            self.targets, activation = one_hot(labels), nn.Tanh
         self.model = fully_connected(2, HIDDEN, outputs=self.targets.shape[1], activation=activation, seed=seed)
         with torch.no_grad():
             for p in self.model.parameters():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from . import warmup_runs as runs
 from . import warmup_training as training
@@ -11,6 +13,9 @@ from .result import Claim, Panel
 from .study import Study
 from .warmup_mechanisms import mechanisms
 from .warmup_training import BOUNDARY_STEPS, PAPER, REFERENCE, first_sharpness, listed, seeds_of
+
+# Largest η_c gᵀHg / (2 gᵀg) that the search gives with δ = 0.1 where the loss is a parabola.
+PARABOLA = (1 + math.sqrt(1.1)) / 2
 
 
 def investigate(lab: Laboratory) -> tuple[list[Claim], list[Panel]]:
@@ -87,6 +92,7 @@ def _search(lab: Laboratory) -> list[Claim]:
             for s in seeds
         ]
         ratios = [run["lr"] / run["along_gradient"] for run in found]
+        holds = all(1 <= r <= 1.3 for r in ratios) and all(run["lr"] >= run["sharpest"] for run in found)
         claims.append(
             Claim(
                 f"The search by forward passes finds the instability of gradient descent: {name}",
@@ -97,9 +103,8 @@ def _search(lab: Laboratory) -> list[Claim]:
                     f"{run['lr'] / run['sharpest']:.3g} vs {run['along_gradient'] / run['sharpest']:.3g}"
                     for run in found
                 ),
-                all(1 <= ratio <= 1.3 for ratio in ratios) and all(run["lr"] >= run["sharpest"] for run in found),
-                "the net of the reference is not stated (2.13 vs 2.06). On a parabola the ratio is at most 1.025; so "
-                "long a step meets another curvature, and no bound holds",
+                holds,
+                "the net of the reference is not stated (2.13 vs 2.06)" + ("" if holds else _bent(found)),
             )
         )
     lines = [
@@ -119,6 +124,32 @@ def _search(lab: Laboratory) -> list[Claim]:
     return claims
 
 
+def _bent(found: Sequence[Mapping[str, Any]]) -> str:
+    """What the searches that ended within δ = 0.1 say of the loss along the gradient."""
+    ended = [run["lr"] / run["along_gradient"] for run in found if run["converged"]]
+    beyond = sum(not 1 <= ratio <= PARABOLA for ratio in ended)
+    return (
+        f"; {len(ended)} of {len(found)} searches ended within δ, {beyond} of them outside [1, {PARABOLA:.4f}], where "
+        "every one would end if the loss along so long a step were a parabola"
+    )
+
+
+def _budget(searches: Mapping[str, Sequence[Mapping[str, Any]]]) -> Claim:
+    ended = [run["converged"] for some in searches.values() for run in some]
+    passes = [
+        f"{name} " + ", ".join(f"{run['passes']}{'' if run['converged'] else ' (unfinished)'}" for run in some)
+        for name, some in searches.items()
+    ]
+    return Claim(
+        "The search takes at most 20 forward passes",
+        f"{PAPER}, search of η_init, some ten passes; bound of an {REFERENCE}",
+        "it ends within δ before they are spent: gradient descent from 1e-4 with δ = 0.1, Adam from 1e-6 with δ = 0.01",
+        f"{sum(ended)} of {len(ended)} searches; passes: {'; '.join(passes)}",
+        all(ended),
+        "" if all(ended) else "20 passes are the budget; an unfinished search has not met δ at the rate it returns",
+    )
+
+
 def _reach(lab: Laboratory) -> list[Claim]:
     seeds, warmup = seeds_of(lab), 256
     found = [lab.part(f"search-wide-{s}", runs.search, seed=s, rule="SGD", delta=0.1, small=False) for s in seeds]
@@ -129,7 +160,8 @@ def _reach(lab: Laboratory) -> list[Claim]:
         for c in (8, 32, 128):
             target = c / sharpness
             rows.append((runs.reached(target, run["lr"], warmup), warmup * (1 - min(1.0, run["lr"] / target))))
-    passes = [run["passes"] for run in (*found, *adam)]
+    small = [lab.part(f"search-small-{s}", runs.search, seed=s, rule="SGD", delta=0.1, small=True) for s in seeds]
+    searches = {"gradient descent, tanh": small, "gradient descent, ReLU": found, "Adam, ReLU": adam}
     trained = [
         _from_threshold(lab, s, run["lr"], 32 / sharpness)
         for s, run, sharpness in zip(seeds, found, first, strict=True)
@@ -142,14 +174,11 @@ def _reach(lab: Laboratory) -> list[Claim]:
         Claim(
             "From η_init = η_c at the same rate the target comes after T_wrm (1 − η_c/η_trgt) steps",
             f"{PAPER}, search of η_init",
-            "within one step, η_trgt = 8, 32, 128 / λ_0, T_wrm = 256; search of at most 20 forward passes",
-            ", ".join(f"{measured} ({formula:.1f})" for measured, formula in rows)
-            + f"; passes {', '.join(map(str, passes))}",
-            all(abs(measured - max(1.0, formula)) <= 1 for measured, formula in rows) and max(passes) <= 20,
-            "twenty passes are the budget of the search, which ended within δ in "
-            f"{sum(run['converged'] for run in (*found, *adam))} of {len(passes)} cases: gradient descent from 1e-4 "
-            "with δ = 0.1, Adam from 1e-6 with δ = 0.01",
+            "within one step, η_trgt = 8, 32, 128 / λ_0, T_wrm = 256",
+            ", ".join(f"{measured} ({formula:.1f})" for measured, formula in rows),
+            all(abs(measured - max(1.0, formula)) <= 1 for measured, formula in rows),
         ),
+        _budget(searches),
         Claim(
             "To start from η_c does no harm",
             f"{PAPER}, search of η_init",

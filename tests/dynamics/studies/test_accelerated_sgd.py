@@ -52,6 +52,43 @@ def test_the_claims_on_the_risk():
     assert [panel.title for panel in panels][-1] == "Error along one eigendirection"
 
 
+class Kept:
+    """A laboratory whose parts return what it is told."""
+
+    quick = True
+
+    def __init__(self, value):
+        self.value = value
+
+    def part(self, name, compute, **settings):
+        return self.value
+
+
+def test_risks_that_never_cross_are_claims_that_do_not_hold():
+    curve = np.linspace(1, 0.1, study.STEPS + 1)
+    risks = {
+        f"{case}-{name}": {"curve": (curve * (2 if name == "ASGD" else 1)).tolist(), "average": 1.0}
+        for case in ("head", "tail", "variance")
+        for name in study.RULES
+    }
+    ratios = [2.0] * len(study.SPECTRUM)
+    claims, _ = study._risks(Kept({**risks, "early": ratios, "ratios": ratios}))
+    assert claims[2].holds is False
+    assert claims[2].measured == "2.000; never ahead in 500 steps"
+    assert claims[5].holds is False
+    assert claims[5].note.startswith("not as claimed for k = 3-60, ratios 2 to 2")
+    small = np.where(study.SPECTRUM < 0.131, 0.5, 2.0).tolist()
+    claims, _ = study._risks(Kept({**risks, "early": small, "ratios": ratios}))
+    assert claims[5].holds
+    assert not claims[5].note
+
+
+def test_no_direction_in_which_asgd_is_faster_is_shown():
+    claims, _ = study._modes(Kept({**modes(), "faster": []}))
+    assert claims[2].holds is False
+    assert "faster for k = none" in claims[2].measured
+
+
 def test_runs_of_truths():
     assert study._ranges(np.array([True, True, False, True])) == "1-2, 4"
     assert study._ranges(np.array([False])) == "none"

@@ -1,14 +1,18 @@
 """The study of block heterogeneity: its parts, and that its claims can fail."""
 
+import json
 import math
 
 import pytest
 import torch
+from sharpscope.dynamics.studies import block_heterogeneity as study
 from sharpscope.dynamics.studies import heterogeneity_claims as claims_of
 from sharpscope.dynamics.studies.heterogeneity_experiments import grid_sums, known_spectrum, limit_cycles, quadratics
 from sharpscope.dynamics.studies.heterogeneity_panels import density_panel, distance_panel, gap_panel
+from sharpscope.dynamics.studies.laboratory import Laboratory
 from sharpscope.dynamics.studies.optimizer_gap import (
     block_record,
+    data,
     half_decade,
     network,
     search,
@@ -37,6 +41,14 @@ def record(ratio, mean=0.3, linear=0.1):
 def gap(by, seeds=3):
     base = {"lr": 0.1, "held_out": [1.0] * seeds, "accuracy": [0.5] * seeds, "tried": {"0.1": 1}, "inside": True}
     return {"SGD": {**base, "train": [1 + by] * seeds}, "Adam": {**base, "train": [1.0] * seeds}}
+
+
+class Origins(dict):
+    def __missing__(self, name):
+        return f"data of {name}"
+
+
+ORIGINS = Origins()
 
 
 def by_statement(claims):
@@ -76,10 +88,68 @@ def test_a_training_that_diverges_ends_and_loses():
 
 
 def test_tuned_takes_the_best_of_what_it_tried():
-    found = tuned("MLP", "SGD", seeds=[0, 1], steps=20)
+    asked = []
+
+    def attempt(lr, seed):
+        asked.append((lr, seed))
+        return trained("MLP", "SGD", lr, seed=seed, steps=20)
+
+    found = tuned("SGD", attempt, seeds=[0, 1])
+    assert asked[-1] == (found["lr"], 1)
+    assert [f"{lr:.3g}" for lr, seed in sorted(asked) if seed == 0] == list(found["tried"])
     assert found["train"][0] == min(found["tried"].values()) == found["tried"][f"{found['lr']:.3g}"]
     alone = trained("MLP", "SGD", found["lr"], seed=1, steps=20)
     assert [found[key][1] for key in ("train", "held_out")] == [alone[key] for key in ("train", "held_out")]
+
+
+def test_a_killed_search_goes_on_where_it_was(tmp_path):
+    """A part for each learning rate and seed; models of digits do not depend on the text."""
+
+    def names():
+        said = []
+        study._gap(Laboratory(tmp_path, quick=True, say=said.append), "MLP")
+        return said
+
+    first = names()
+    assert set(first) >= {f"mlp-SGD-lr{lr}-0" for lr in ("0.01", "0.0316", "0.1", "0.316")}
+    assert names() == []
+    (tmp_path / "parts" / "mlp-SGD-lr0.1-0.json").unlink()
+    assert names() == ["mlp-SGD-lr0.1-0"]
+    settings = json.loads((tmp_path / "parts" / "mlp-SGD-lr0.1-0.json").read_text())["settings"]
+    assert settings == {"model": "MLP", "optimizer": "SGD", "lr": 0.1, "seed": 0, "steps": study.SHORT_STEPS}
+
+
+def test_the_text_is_a_setting_and_named(monkeypatch):
+    """Another text is another part, another vocabulary, and another name in the claims."""
+    monkeypatch.setattr("shutil.which", lambda program: None)
+    assert study._text(claims_of.TRANSFORMER) == {"text": "pydoc"}
+    assert study._text("MLP") == {}
+    assert "pydoc" in study._origins([claims_of.TRANSFORMER])[claims_of.TRANSFORMER]
+    asked = []
+
+    class Asked:
+        quick = False
+
+        def part(self, name, compute, **settings):
+            asked.append((compute, settings))
+            return {"train": abs(math.log(settings["lr"])), "held_out": 1.0, "accuracy": 0.5, "curve": []}
+
+    study._gap(Asked(), claims_of.TRANSFORMER)
+    assert {compute for compute, _ in asked} == {trained}
+    assert {settings["text"] for _, settings in asked} == {"pydoc"}
+    monkeypatch.setattr("shutil.which", lambda program: f"/usr/games/{program}")
+    assert study._text(claims_of.TRANSFORMER) == {"text": "kjv"}
+
+
+def test_the_text_decides_vocabulary_and_windows(tmp_path):
+    path = tmp_path / "text"
+    path.write_text("abcd" * 2**17)
+    assert network(claims_of.TRANSFORMER, 0, str(path)).embedding.num_embeddings == 4
+    assert data("text", str(path)).source == f"text file {path}"
+    done = train(claims_of.TRANSFORMER, "Adam", 0.01, seed=0, steps=3, text=str(path))
+    assert done.losses[0] == pytest.approx(math.log(4), rel=0.1)
+    record = spectra_along(claims_of.TRANSFORMER, 0.01, seed=0, at=[0], num=2, text=str(path))["0"]
+    assert dict(zip(record["blocks"], record["size"], strict=True))["embedding"] == 4 * 16
 
 
 def test_records_are_those_of_the_block_spectra():
@@ -145,13 +215,25 @@ def test_claims_about_gaps_can_fail():
     for by, holds in ((0.25, (True, False)), (0.01, (False, True))):
         losses = {name: gap(by) for name in (claims_of.TRANSFORMER, "CNN")}
         losses["CNN"]["SGD"]["accuracy"] = [0.45] * 3
-        found = by_statement(claims_of.gap_claims(losses, steps=10, quick=False))
+        found = by_statement(claims_of.gap_claims(losses, steps=10, quick=False, origins=ORIGINS))
         assert (found[claims_of.TRANSFORMER].holds, found["CNN"].holds) == holds
-        assert all(claim.holds is None for claim in claims_of.gap_claims(losses, steps=10, quick=True))
+        assert all(claim.holds is None for claim in claims_of.gap_claims(losses, steps=10, quick=True, origins=ORIGINS))
     fewer_points = {"CNN": gap(0.25)}
-    assert by_statement(claims_of.gap_claims(fewer_points, steps=10, quick=False))["CNN"].holds, "accuracy is equal"
+    assert by_statement(claims_of.gap_claims(fewer_points, steps=10, quick=False, origins=ORIGINS))["CNN"].holds, (
+        "accuracy is equal"
+    )
+    assert found["CNN"].note.endswith("data of CNN")
     scaled = {"MLP": gap(0.1), claims_of.SCALED: gap(0.05)}
-    assert claims_of.gap_claims(scaled, steps=10, quick=False)[-1].holds is False
+    assert claims_of.gap_claims(scaled, steps=10, quick=False, origins=ORIGINS)[-1].holds is False
+
+
+def test_a_seed_that_diverges_is_no_gap():
+    losses = {name: gap(0.25) for name in ("MLP", claims_of.TRANSFORMER, claims_of.SCALED)}
+    for name in losses:
+        losses[name]["SGD"]["train"][1] = math.inf
+    claims = claims_of.gap_claims(losses, steps=10, quick=False, origins=ORIGINS)
+    assert [claim.holds for claim in claims] == [False, False, None, False]
+    assert all(claim.measured.startswith("diverged") for claim in claims)
 
 
 @pytest.mark.parametrize(("gaps", "rho"), [((0, 1, 2, 3, 4), 1.0), ((4, 3, 2, 1, 0), -1.0), ((0, 1, 2, 4, 3), 0.9)])
@@ -162,6 +244,7 @@ def test_the_rank_correlation_decides(gaps, rho):
     assert main.holds == (rho >= 0.7)
     assert main.measured.startswith(f"{rho:+.2f} (by seed {rho:+.2f}, {rho:+.2f}, {rho:+.2f})")
     assert others.holds is None
+    assert all(f"{name} {1.0 * g:+.4f} ± 0.0000" in main.note for name, g in zip(names, gaps, strict=True))
 
 
 def test_ties_share_their_rank():

@@ -72,3 +72,22 @@ def test_a_part_is_computed_anew_with_another_library(tmp_path, monkeypatch):
     monkeypatch.setattr(laboratory, "source_mark", lambda function: "another")
     Laboratory(tmp_path).part("doubled", doubled, x=1)
     assert calls == [1, 1]
+
+
+def test_nothing_is_kept_of_code_that_changed_while_it_ran(tmp_path, monkeypatch):
+    calls.clear()
+    monkeypatch.setattr(laboratory, "source_mark", lambda function: None)
+    for _ in range(2):
+        Laboratory(tmp_path).part("doubled", doubled, x=1)
+    assert calls == [1, 1]
+    assert not (tmp_path / "parts").exists()
+
+
+def test_a_part_counts_once_and_its_name_stands_for_one_thing(tmp_path):
+    found = Laboratory(tmp_path)
+    for _ in range(3):
+        found.part("doubled", doubled, x=1)
+    kept = json.loads((tmp_path / "parts" / "doubled.json").read_text())
+    assert found.seconds == kept["seconds"]
+    with pytest.raises(ValueError, match="stands for {'x': 1} already"):
+        found.part("doubled", doubled, x=2)

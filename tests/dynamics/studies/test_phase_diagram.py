@@ -8,8 +8,20 @@ from sharpscope.dynamics.studies import phase_diagram
 from sharpscope.dynamics.studies.phase_diagram import STUDY
 from sharpscope.dynamics.studies.phase_limits import linear_unit, recovered, two_layers
 from sharpscope.dynamics.studies.phase_panels import diagram, numbers, regime_panels
-from sharpscope.dynamics.studies.phase_runs import regime_claims, saturation_claims
-from sharpscope.dynamics.studies.phase_scan import _path, digits_data, digits_problem, long_run, saturation, scan
+from sharpscope.dynamics.studies.phase_runs import SATURATION_GRID, regime_claims, saturation_claims
+from sharpscope.dynamics.studies.phase_scan import (
+    _path,
+    digits_data,
+    digits_problem,
+    early_runs,
+    joined,
+    long_run,
+    saturation,
+)
+
+
+def scan(*settings, **options):
+    return joined([early_runs(*settings, **options)])
 
 
 def test_a_narrow_net_with_zero_output_has_no_reduction():
@@ -42,6 +54,24 @@ def test_a_scan_stops_at_the_first_divergence():
     assert found["sharpness"][-1] is None
     assert all(ratio is not None for ratio in found["sharpness"][:-1])
     assert found["constants"]["c_max"] == found["c"][-2]
+
+
+def test_a_scan_in_parts_is_the_scan(monkeypatch):
+    """And a part after a rise does without what has risen."""
+    from sharpscope.dynamics.studies.laboratory import Laboratory
+
+    grid = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]
+    whole = scan(3, 16, 0, grid)
+    assert whole["constants"]["c_sharp"] in grid[1:-2]
+    monkeypatch.setattr(phase_diagram, "PART_LENGTH", 2)
+    said = []
+    parted = phase_diagram._scan(Laboratory(say=said.append), "x", grid, depth=3, width=16, seed=0)
+    assert parted == whole
+    assert len(said) == -(-len(whole["c"]) // 2) >= 2
+    later = early_runs(3, 16, 0, [2.0], risen=["sharpness"])
+    assert later["runs"][0]["sharpness"] is None
+    assert later["runs"][0]["path"] is not None
+    assert "sharpness" in later["risen"]
 
 
 def test_the_path_goes_from_the_start_to_the_present_weights():
@@ -147,6 +177,26 @@ RISE = [2.0 * 1.03**i for i in range(55)]
 EDGE = [10.1, 9.9] * 100
 
 
+def test_the_edge_is_judged_by_every_record_of_the_last_tenth():
+    """The mean of 9 and 11 is at the edge, a record of 9 is not."""
+    run = FALL + RISE + EDGE
+    run[-3] = 9.0
+    claims, panels = regime_claims(Kept(run=record(run), shuffled=record(run)))
+    assert [claim.holds for claim in claims] == [True, True, True, False, True, False]
+    assert claims[3].measured.startswith("1.800 to 2.020, mean 1.99")
+    assert panels[0].title.endswith("seed 0 of 3: the first with all four regimes")
+    assert regime_claims(Kept(run=record(FALL), shuffled=record(FALL)))[1][0].title.endswith(
+        "none has all four regimes"
+    )
+
+
+def test_a_run_that_diverges_is_not_at_the_edge():
+    run = [*FALL, *RISE, *EDGE, math.nan]
+    claims, _ = regime_claims(Kept(run=record(run), shuffled=record(run)))
+    assert [claims[i].holds for i in (0, 3, 5)] == [True, False, False]
+    assert claims[3].measured == "diverged; diverged; diverged"
+
+
 @pytest.mark.parametrize(("run", "holds"), [(FALL + RISE + EDGE, [True] * 6), (FALL, [True, True, *[False] * 4])])
 def test_regimes_are_judged_by_labels_and_by_the_end(run, holds):
     claims, panels = regime_claims(Kept(run=record(run), shuffled=record(run)))
@@ -159,12 +209,39 @@ def test_regimes_are_judged_by_labels_and_by_the_end(run, holds):
     ("at", "holds"), [(2.2, [True] * 3), (0.6, [False, False, True]), (7.0, [False, False, False])]
 )
 def test_saturation_is_judged_by_drop_and_place(at, holds):
-    from sharpscope.dynamics.studies.phase_runs import SATURATION_GRID
-
     ratios = [1 / (1 + math.exp((c - at) / 0.2)) for c in SATURATION_GRID]
     claims, panel = saturation_claims(Kept(saturation={"ratio": ratios}), 128, [4.0, 4.0, None])
     assert [claim.holds for claim in claims] == holds
     assert panel.x_log
+
+
+@pytest.mark.parametrize(
+    ("first", "holds"),
+    [(10.0, [True] * 3), (3.0, [False] * 3), (SATURATION_GRID[0], [False] * 3), (0.0, [False] * 3)],
+)
+def test_a_saturation_that_diverges_is_judged_up_to_there(first, holds):
+    ratios = [1 / (1 + math.exp((c - 2.2) / 0.2)) if c < first else math.nan for c in SATURATION_GRID]
+    if not first:
+        ratios = [1.0 + c for c in SATURATION_GRID]  # falls nowhere
+    claims, panel = saturation_claims(Kept(saturation={"ratio": ratios}), 128, [4.0, 4.0, None])
+    assert [claim.holds for claim in claims] == holds
+    assert all(math.isfinite(y) for line in panel.lines for y in line.y)
+    if first == 3.0:
+        assert [claims[0].measured, claims[1].measured] == ["diverged, diverged, diverged", "never"]
+    if first:
+        assert "diverges at c = " in claims[1].note
+
+
+def test_units_die_only_where_few_are_active():
+    def beyond(active):
+        return {**cell(2.0, 3.0, 4.0, None), "active": [0.5, active]}
+
+    [claim] = phase_diagram._largest({(2, 128): [beyond(0.0), beyond(0.2), cell(2.0, 3.0, 4.0, 12.0)]})
+    assert claim.holds is False
+    assert claim.note.endswith("seed 0 a share of 0 (they die), seed 1 a share of 0.2")
+    [claim] = phase_diagram._largest({(2, 128): [cell(2.0, 3.0, 4.0, 12.0)]})
+    assert claim.holds
+    assert not claim.note
 
 
 # The figure

@@ -1,7 +1,8 @@
 import json
+from pathlib import Path
 
 import pytest
-from sharpscope.dynamics.studies import Claim, Line, Panel, catalogue, replication
+from sharpscope.dynamics.studies import STUDIES, Claim, Line, Panel, catalogue, replication
 from sharpscope.dynamics.studies.replication import kept_results, replicate, replication_markdown, summary_rows
 from sharpscope.dynamics.studies.study import Study
 from sharpscope.figures.replication import replication_html
@@ -60,12 +61,23 @@ def test_the_tables_hold_every_claim(tmp_path, three):
     assert "| [one](#title-of-one) | an even number | even | 1 | it is odd |" in text
     assert "![Title of two](two/study.png)" in text
     assert "`sharpscope study two`" in text
+    assert "Not run whole: broken." in text
     page = replication_html(results)
+    assert "Not run whole: broken." in page
+    assert page.count("an even number") == 3  # one of them in the list of what does not hold
     assert page.count("a | positive &lt;number&gt;") == 2
     assert "<img src='one/study.png'" in page
     assert page.count("class='misses'") == 1
     assert "<h2 id='title-of-one'>" in page
     assert "<a href='#title-of-one'>" in page
+
+
+def test_a_study_whose_last_run_failed_is_not_shown_with_its_earlier_result(tmp_path, three):
+    list(replicate(tmp_path, ["one"], jobs=1))
+    (tmp_path / "one" / "failure.txt").write_text("RuntimeError")
+    assert kept_results(tmp_path) == {}
+    list(replicate(tmp_path, ["one"], jobs=1))
+    assert list(kept_results(tmp_path)) == ["one"]
 
 
 def test_a_result_says_where_it_comes_from(tmp_path, three):
@@ -83,3 +95,17 @@ def test_studies_run_in_processes_of_their_own(tmp_path):
     [(name, result)] = replicate(tmp_path, ["no-such-study"], jobs=2)
     assert name == "no-such-study"
     assert "near it" in result
+
+
+def test_the_tables_of_the_repository_are_those_of_its_results():
+    root = Path(__file__).resolve().parents[3]
+    results = kept_results(root / "docs" / "studies")
+    assert list(results) == list(STUDIES)
+    assert not any(result.quick for result in results.values())
+    assert (root / "docs" / "studies" / "replication.md").read_text() == replication_markdown(results)
+    assert (root / "docs" / "studies" / "replication.html").read_text() == replication_html(results)
+    readme = (root / "README.md").read_text()
+    for name, result in results.items():
+        assert f"](docs/studies/{name}/study.png) | {result.held} of {result.judged} |" in readme
+    held, judged = (sum(getattr(r, which) for r in results.values()) for which in ("held", "judged"))
+    assert f"of {judged} claims {held} hold" in readme

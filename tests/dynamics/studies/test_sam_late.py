@@ -193,7 +193,7 @@ def test_the_switch_is_watched_from_both_sides():
     found = late_training.switch_run(0, "squares", epochs=2, before=1, after=5, every=6)
     assert found["step"][0] == -STEPS_PER_EPOCH
     assert [t for t in found["step"] if 0 <= t <= 60] == list(range(61))
-    assert found["sgd_step"][0] == 0
+    assert found["sgd_step"] == [t for t in found["step"] if t >= 0]
     assert found["sgd_loss"][0] == found["loss"][found["step"].index(0)]
     assert found["sharp_step"][:2] == [0, 36]
 
@@ -247,9 +247,31 @@ def test_verdicts_on_sharpness_and_its_gap():
     bad = late_parts({"0": 2.0, "10": 1.7, "100": 1.75, "200": 1.0, "reverse": 1.8})
     strict, ten, hundred = sam_late_claims.sharpness_claims("cross-entropy", bad, whole=True)
     assert (strict.holds, ten.holds, hundred.holds) == (False, False, False)
-    assert sam_late_claims.reverse_claim(bad, whole=True).holds
-    assert not sam_late_claims.reverse_claim(good, whole=True).holds
-    assert sam_late_claims.reverse_claim(good, whole=False).holds is None
+    back, stays = (sam_late_claims.reverse_claim(runs, 40, whole=True) for runs in (bad, good))
+    assert (back.holds, stays.holds) == (True, False)
+    # What the reference run found is told only where it is alike.
+    assert ".786" not in back.note
+    assert "720 steps of SGD, which end at 6 %" in stays.note
+    short = sam_late_claims.reverse_claim(good, 5, whole=False)
+    assert short.holds is None
+    assert "in the last 5 epochs" in short.statement
+
+
+def test_sgd_alone_is_compared_with_the_reference_in_numbers():
+    runs = late_parts({"0": 2.53, "10": 1.5, "200": 1.0, "reverse": 1.2})
+    note = sam_late_claims.sharpness_claims("cross-entropy", runs, whole=True)[0].note
+    assert "2.00 times the figure of the reference" in note
+
+
+def test_the_connection_of_sgd_and_late_sam_is_judged_without_sam_throughout():
+    names = {"0": 1.0, "10": 1.0, "200": 1.0, "reverse": 1.0}
+    flat = late_parts(names, **{"10": {"across": 0.51, "loss": 0.505}, "200": {"across": 0.6}})
+    high = late_parts(names, **{"10": {"across": 0.53, "loss": 0.505}})
+    found = sam_late_claims.connection_claim("squares", flat, whole=True)
+    assert found.holds
+    assert found.measured == "10 epochs: 1.0099; SAM throughout: 1.2000"
+    assert not sam_late_claims.connection_claim("squares", high, whole=True).holds
+    assert sam_late_claims.connection_claim("squares", high, whole=False).holds is None
 
 
 def test_verdicts_on_the_valley_and_the_phases():
@@ -262,6 +284,9 @@ def test_verdicts_on_the_valley_and_the_phases():
     assert sam_late_claims.phases_claim("squares", [run], whole=True).holds
     for loss in ([1.2, 1.0, 0.9, 1.3, 0.5], [1.2, 1.0, 1.1, 1.3, 1.05]):
         assert not sam_late_claims.phases_claim("squares", [{**run, "loss": loss}], whole=True).holds
+    noisy = sam_late_claims.phases_claim("squares", [{**run, "sgd_loss": [1.0, 1.1]}, run], whole=True)
+    assert not noisy.holds
+    assert "in 1 of 2 seeds" in noisy.note
 
 
 def test_the_typical_slope_is_read_where_growth_is_exponential():

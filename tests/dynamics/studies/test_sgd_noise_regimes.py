@@ -97,10 +97,79 @@ def test_the_diagram_has_empty_cells_where_nothing_was_fitted(laboratory):
     heat = network._heat("", network.ALPHAS, network.TEMPERATURES, found["change"].mean(-1), "", log=True).heat
     assert heat.values[0][-1] is None
     assert heat.values[1][-1] == pytest.approx(0.002 * (1 + 0.1 * 512**0.5) * 1.01)
-    with pytest.raises(RuntimeError, match="MAX_UPDATES"):
-        network._filled(found["change"])
     result = StudyResult("", "", "", "", [], [], True, 0.0)
     assert StudyResult.from_json(result.to_json()) == result
+
+
+def runs_that_end(ended, change=None):
+    """`parity_runs` whose weights move by 1 + T and which end where `ended(T, seed)`."""
+
+    def runs(alphas, temperatures, num_examples, *, seed, **_):
+        found = {"error": 0.1, "time": 1.0}
+        moved = change or (lambda t: 0.2 * (1 + t))
+        return [
+            [{**found, "change": moved(t) / max(alpha, 1), "fitted": ended(t, seed)} for alpha in alphas]
+            for t in temperatures
+        ]
+
+    return runs
+
+
+def numbers_of(panel):
+    return [y for line in panel.lines for y in line.y]
+
+
+@pytest.mark.parametrize("ended", [lambda t, seed: seed > 0, lambda t, seed: False])
+def test_a_network_that_never_fits_breaks_its_claims_and_not_the_study(monkeypatch, ended):
+    monkeypatch.setattr(network, "parity_runs", runs_that_end(ended))
+    claims, panels = network.network_claims(Laboratory(quick=False))
+    judged = [claim for claim in claims if claim.holds is not None]
+    assert len(judged) == 7
+    assert not any(claim.holds for claim in judged)
+    assert all("never" in claim.measured for claim in judged)
+    assert all(np.isfinite(numbers_of(panel)).all() for panel in panels)
+
+
+def test_a_temperature_that_is_never_reached_breaks_its_claim(monkeypatch):
+    """The weights hardly move with T, so that neither T_c is on the grid."""
+    monkeypatch.setattr(network, "parity_runs", runs_that_end(lambda t, seed: True, lambda t: 0.2 + 0.001 * t))
+    claims, _ = network._noise(Laboratory(quick=False), 3)
+    assert [claim.holds for claim in claims] == [True, False, False, None]
+    assert all("never reached" in claim.measured for claim in claims[1:3])
+
+
+@pytest.mark.parametrize("missing", [(0, 0), (-1, -1), (0, -1)])
+def test_a_cell_that_did_not_end_breaks_the_claim_on_the_diagram(missing):
+    change = np.full((2, 2, 3), 1.0)
+    change[0, -1] = 0.01
+    table = {"change": change, "error": np.full((2, 2, 3), 0.1)}
+    assert network._diagram(table, (0.1, 10.0), (0.1, 1.0))[0][0].holds
+    change[missing] = math.nan
+    table["error"][missing] = math.nan
+    claims, _ = network._diagram(table, (0.1, 10.0), (0.1, 1.0))
+    assert claims[0].holds is False
+    assert "never reached" in claims[0].measured
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_a_perceptron_that_never_gets_there_breaks_its_claims_and_not_the_study(monkeypatch, fitted):
+    """Runs that do not end, and runs that end at the same small weights whatever T."""
+
+    def runs(settings):
+        return [{"signal": 0.1, "noise": 0.1, "time": 1.0, "fitted": fitted} for _ in settings]
+
+    monkeypatch.setattr(perceptron, "perceptron_runs", runs)
+    claims, panels = perceptron.perceptron_claims(Laboratory(quick=True))
+    found = {claim.statement: claim for claim in claims}
+    flat = "Perceptron: for T far below the margin κ the noise does not matter"  # which it does not
+    assert [claim.statement for claim in claims if claim.holds] == ([flat] if fitted else [])
+    for chi in perceptron.CHIS:
+        claim = found[f"Perceptron: the T at which ‖w‖ leaves a fixed size falls as P^(−γ/δ), χ = {chi}"]
+        assert claim.holds is False
+        assert "never reached" in claim.measured
+    assert "never reached" in found["Perceptron: the collapse on T ends near B* = P^(1/(1+χ)) = 16"].measured
+    assert "never reached" in found["Perceptron: the noise takes over where T passes κ"].measured
+    assert all(np.isfinite(numbers_of(panel)).all() for panel in panels)
 
 
 def test_real_runs_have_the_shape_of_the_diagram():

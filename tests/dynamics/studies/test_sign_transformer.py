@@ -7,7 +7,9 @@ import pytest
 import torch
 from sharpscope.dynamics.optimizers.sign import SignSGD
 from sharpscope.dynamics.studies.attention_stages import StageThresholds, detect_stages, first_below
-from sharpscope.dynamics.studies.order_curves import at, between, curves_apart, last_move, line_fit
+from sharpscope.dynamics.studies.order_curves import at, between, curves_apart, differences, last_move, line_fit
+from sharpscope.dynamics.studies.sign_comparison_claims import descent_claims
+from sharpscope.dynamics.studies.sign_stage_claims import CURVES, later_stages_claims, rounding_claims, scaling_claims
 from sharpscope.dynamics.studies.sign_transformer_experiments import digit_tokens, made, patches_run
 from sharpscope.dynamics.studies.two_layer_attention import (
     SignalNoiseTokens,
@@ -228,8 +230,16 @@ def test_readings_of_curves():
     random = np.random.default_rng(0).normal(size=200)
     assert line_fit(range(200), random)[1] < 0.1
     slow = {"step": [0, 2, 4, 8], "x": [0.0, 2.0, 4.4, 8.0]}
-    assert curves_apart(run, slow, "x", 4, stretch=2) == pytest.approx((0.05, 2))
+    found = differences(run, slow, "x", 4, stretch=2)
+    assert [share for share, _ in found] == pytest.approx([0.0, 0.0, 0.05, 0.0])
+    assert [t for _, t in found] == [0, 1, 2, 4]
+    # Where the other was not measured, nothing is compared.
+    assert [t for _, t in differences(run, {"step": [0, 4], "x": [0.0, 4.0]}, "x", 4, stretch=2)] == [0, 2]
+    assert curves_apart(run, {**run, "x": [0.0, 2.0, 4.4, 8.0]}, "x", 4) == pytest.approx((0.05, 2))
     assert curves_apart(run, run, "x", 4)[0] == 0.0
+    flat = {"step": [0, 1], "x": [1.0, 1.0]}
+    assert curves_apart(flat, flat, "x", 1)[0] == 0.0
+    assert curves_apart(flat, {"step": [0, 1], "x": [1.0, 1.1]}, "x", 1) == (math.inf, 1)
     assert last_move([0, 1, 2, 3], [1.0, 2.0, 2.0, 2.0]) == 1
     assert last_move([0, 1], [1.0, 1.0]) == 0
 
@@ -258,3 +268,55 @@ def test_a_transformer_on_patches_stops_when_it_fits():
     short = patches_run("SignGD", 1e-3, 0.0, 0, 2, num_train=60)
     assert short["steps"] == 2
     assert short["loss"] > 1
+
+
+# --- verdicts -------------------------------------------------------------------------------------------------------
+
+
+def curves(η=1.0, steps=200, **changed):
+    """A run whose curves are all lines in η t."""
+    step, clock = list(range(steps + 1)), list(range(0, steps + 1, 10))
+    found = {name: [1 + η * t for t in (clock if name.startswith("test") else step)] for name in CURVES}
+    return {"step": step, "test_step": clock, **found, **changed}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_every_curve_has_to_scale(name):
+    run, slow = curves(), curves(0.5, 400)
+    claim = scaling_claims([run, run], [slow, slow])[0]
+    assert claim.holds
+    assert claim.note == ""
+    # By 6 % of the range.
+    off = {**slow, name: [slow[name][0] + 12.0, *slow[name][1:]]}
+    claim = scaling_claims([run, run], [slow, off])[0]
+    assert claim.holds is False
+    assert f"in the first 20 steps only: {name} (last at t = 0)" in claim.note
+    late = {**slow, name: [*slow[name][:-1], slow[name][-1] + 12.0]}
+    assert f"later: {name} (last at t = 200)" in scaling_claims([run], [late])[0].note
+
+
+def test_gradient_descent_has_to_end_within_the_limits_themselves():
+    def claim(*errors, sign=0.5):
+        runs = [curves(test_error=[error] * 21) for error in errors]
+        return descent_claims(runs, [curves(test_error=[sign] * 21)] * len(runs))[1]
+
+    assert claim(0.43, 0.46).holds
+    assert claim(0.43, 0.46).note == ""
+    assert "mean 0.445 ± 0.018 (standard error)" in claim(0.43, 0.46).measured
+    above = claim(0.45, 0.46)
+    assert above.holds is False
+    assert above.note == "0.3 standard errors outside"
+    assert claim(0.42).holds is False
+    assert claim(0.44, sign=0.43).holds is False
+
+
+def test_the_freeze_is_told_and_judged_from_every_seed_in_float64():
+    single, double = curves(query_noise=[1.0] * 201), curves(query_noise=[1.0 + t / 50 for t in range(201)])
+    half = curves(query_noise=[2.0 + t / 50 for t in range(201)])  # from 4 to 5
+    frozen = next(claim for claim in later_stages_claims([single], [double]) if "freezes" in claim.statement)
+    assert frozen.holds
+    assert "in float64 |query noise| changes by 67 %" in frozen.note
+    assert rounding_claims([single], [curves(query_noise=[max(1.0, t / 50) for t in range(201)])])[0].holds is False
+    steep = curves(query_noise=[1.0 + t**2 for t in range(201)])
+    assert rounding_claims([single] * 2, [steep, steep])[0].holds
+    assert rounding_claims([single] * 2, [steep, half])[0].holds is False

@@ -1,3 +1,5 @@
+import math
+
 import sharpscope.dynamics.studies.source_mark as subject
 from sharpscope.dynamics.optimizers.choice import make_optimizer
 from sharpscope.dynamics.studies.character_training import trained
@@ -27,6 +29,7 @@ def test_other_code_has_another_mark(tmp_path, monkeypatch):
     assert source_mark(half_squares) == before
     changed = tmp_path / "changed.py"
     changed.write_text("x = 1\n")
+    monkeypatch.setattr(subject, "_BEGAN", math.inf)
     monkeypatch.setattr(subject, "_place", lambda name: changed)
     subject._digest.cache_clear()
     subject._imported.cache_clear()
@@ -40,3 +43,9 @@ def test_other_code_has_another_mark(tmp_path, monkeypatch):
 
 def test_a_module_without_imports_is_alone():
     assert reached(PLACE) == {PLACE}
+
+
+def test_a_file_that_changed_since_the_process_began_leaves_no_mark(monkeypatch):
+    assert source_mark(half_squares) is not None
+    monkeypatch.setattr(subject, "_BEGAN", 0.0)
+    assert source_mark(half_squares) is None

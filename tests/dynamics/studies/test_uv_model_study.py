@@ -27,6 +27,18 @@ def test_the_tracker_sees_both_signs_of_the_residual():
     assert negative["found"] == pytest.approx(negative["exact"], rel=1e-9)
 
 
+def test_the_largest_eigenvalue_is_taken_where_the_lowest_is_larger_in_magnitude():
+    found = uv.far_negative(seed=1)
+    assert -found["shifted_lowest"] > 2 * found["shifted_exact"] > 0
+    assert found["shifted_search"] == pytest.approx(found["shifted_exact"], rel=1e-9)
+    assert found["shifted_tracker"] == pytest.approx(found["shifted_exact"], rel=1e-9)
+    assert module._largest([found]).holds
+    assert not module._largest([{**found, "shifted_search": found["shifted_lowest"]}]).holds
+    assert not module._largest([{**found, "shifted_tracker": found["shifted_lowest"]}]).holds
+    assert not module._largest([{**found, "found": found["lowest"]}]).holds
+    assert not module._largest([{**found, "shifted_lowest": -0.5 * found["shifted_exact"]}]).holds
+
+
 def test_the_sign_rules_have_no_exception():
     assert uv.signs(num=300, seed=5) == {"wrong": 0, "silent": 0, "flow": 0, "num": 300}
 
@@ -75,7 +87,7 @@ def test_fixed_points_are_judged_by_residual_and_multiplier():
 
 def test_exact_claims_hold_in_the_short_version():
     claims = module._exact(Laboratory(quick=True))
-    assert [claim.holds for claim in claims] == [True] * 5
+    assert [claim.holds for claim in claims] == [True] * 6
 
 
 def test_power_of_period_two():
@@ -87,7 +99,7 @@ def test_power_of_period_two():
     assert nets.power_of_period_two(0.5 * t) < 0.5
 
 
-@pytest.mark.parametrize(("task", "lr"), [("label", 0.05), ("autoencoder", 0.7)])
+@pytest.mark.parametrize(("task", "lr"), [("label", 0.05), ("classes", 0.7), ("autoencoder", 0.7)])
 def test_nets_train_and_their_runs_depend_on_their_arguments_only(task, lr):
     first, again, other = (nets.Net(task, seed).train(lr, 30) for seed in (0, 0, 1))
     assert first == again
@@ -111,6 +123,13 @@ def test_late_records_of_a_short_run():
     assert run["fate"] == "trains"
     assert len(run["edge"]) == len(run["loss"]) == 9
     assert run["mean"] == pytest.approx(np.mean(run["edge"]))
+
+
+def test_ten_outputs_are_reported_whatever_becomes_of_them():
+    trained = {"fate": "trains", "mean": 2.01, "projection": 1.0, "alternating": 0.5}
+    claim = route._classes([trained, {"fate": "diverged"}], [1.0, 1.1])
+    assert claim.holds is None
+    assert claim.measured.startswith("2.0100, 100 %, 50 %; diverged")
 
 
 def run(lr, share, period=None):

@@ -135,6 +135,8 @@ def test_the_claims_about_the_boundary():
     assert panel.heat.values[0] == [1e-2, None]
     claims, _ = training.boundary(boundary_rows(lambda T, c: T == 16 and c >= 16, edge=2.5))
     assert [claim.holds for claim in claims] == [None, False, False, False, True]
+    claims, _ = training.boundary(boundary_rows(lambda T, c: c >= 16))
+    assert [claim.holds for claim in claims] == [None, True, False, False, False]
 
 
 def trending(growth, first_step):
@@ -162,18 +164,61 @@ def test_the_claim_about_natural_trends(standard, zero, holds):
     assert mechanisms._natural(lab).holds is holds
 
 
-def shot(num):
+@pytest.mark.parametrize(("first_step", "lowered"), [(0.999, "1 of 1"), (1.02, "0 of 1")])
+def test_the_note_on_the_first_step_from_zero_output_is_counted(first_step, lowered):
+    zero, standard = trending(1.2, first_step), trending(0.8, 0.9)
+    lab = Told(natural=lambda name, *, zero_output, **_: zero if zero_output else standard)
+    assert f"in {lowered} at 0.5 of 2/λ_0" in mechanisms._natural(lab).note
+
+
+def searched(lr, converged=True):
+    return {"lr": lr, "along_gradient": 1.0, "sharpest": 0.9, "converged": converged, "passes": 20}
+
+
+def test_the_claim_about_the_search():
+    lab = Told(search=searched(1.02), parabola=runs.parabola(2.0, 0.1))
+    first, second, parabola = module._search(lab)
+    assert first.holds
+    assert second.holds
+    assert parabola.holds
+    assert "parabola" not in first.note
+    off = module._search(Told(search=searched(1.5), parabola=runs.parabola(2.0, 0.1)))[0]
+    assert not off.holds
+    assert "1 of 1 searches ended within δ, 1 of them outside" in off.note
+    unfinished = module._search(Told(search=searched(1.5, converged=False), parabola=runs.parabola(2.0, 0.1)))[0]
+    assert "0 of 1 searches ended within δ, 0 of them outside" in unfinished.note
+
+
+def test_a_search_that_spends_its_budget_does_not_hold():
+    assert module._budget({"a": [searched(1.0)], "b": [searched(1.2)]}).holds
+    claim = module._budget({"a": [searched(1.0)], "b": [searched(1.0), searched(1.2, converged=False)]})
+    assert not claim.holds
+    assert claim.measured == "2 of 3 searches; passes: a 20; b 20, 20 (unfinished)"
+
+
+def shot(num, near=None):
+    """A run of `num` catapults; `near` of its records are at the threshold, after a first one at which it crosses."""
     loss, sharpness = [1.0], [10.0]
     for _ in range(num):
         loss += [2 * loss[-1], 0.9 * loss[-1]]
         sharpness += [sharpness[-1], 0.5 * sharpness[-1]]
     steps = list(range(len(loss)))
-    return {"loss": loss, "step": steps, "sharpness": sharpness, "threshold": [11.0] * len(loss), "diverged": False}
+    threshold = [11.0] * len(loss)
+    if near is not None:
+        threshold = [value if i < near else 0.1 * value for i, value in enumerate(sharpness)]
+    return {"loss": loss, "step": steps, "sharpness": sharpness, "threshold": threshold, "diverged": False}
 
 
 @pytest.mark.parametrize(
-    ("standard", "zero", "verdicts"), [(1, 3, [True, True]), (0, 3, [False, True]), (2, 2, [True, False])]
+    ("standard", "zero", "verdicts"),
+    [
+        (shot(1, near=1), shot(3, near=5), [True, True, True]),
+        (shot(0, near=1), shot(3, near=5), [False, False, True]),
+        (shot(2, near=2), shot(2, near=4), [True, True, False]),
+        (shot(1, near=3), shot(3, near=2), [True, False, True]),
+        (shot(1), shot(1), [True, False, False]),
+    ],
 )
 def test_the_claims_about_catapults(standard, zero, verdicts):
-    claims = mechanisms._catapults({"standard": [shot(standard)], "zero output": [shot(zero)]}, steps=8)
+    claims = mechanisms._catapults({"standard": [standard], "zero output": [zero]}, steps=8)
     assert [claim.holds for claim in claims] == verdicts
