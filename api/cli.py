@@ -231,7 +231,7 @@ def study_command(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer seeds and steps: less than a minute.")] = False,
     every: Annotated[bool, typer.Option("--all", help="All of them, on all cores, and the replication table.")] = False,
     table: Annotated[bool, typer.Option("--table", help="Only the table, of the results that are there.")] = False,
-    jobs: Annotated[int, typer.Option(help="Processes of --all; -1 for one per core.")] = -1,
+    jobs: Annotated[int | None, typer.Option(help="Processes of --all; default one per core.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the result, default runs/studies/NAME; of --all: runs/studies.")
     ] = None,
@@ -245,9 +245,11 @@ def study_command(
 
     if name is not None and (every or table):
         raise ValueError(f"`name` is {name!r} and --{'all' if every else 'table'} is given; give one of them")
+    if jobs is not None and not every:
+        raise ValueError(f"`--jobs` is {jobs} without --all; a single study runs in one process")
     if every or table:
         folder = default_studies_folder(quick=quick) if out is None else out
-        _all_studies(folder, quick, jobs) if every else _replication_table(folder)
+        _all_studies(folder, quick, -1 if jobs is None else jobs) if every else _replication_table(folder)
     elif name is None:
         studies = [study_named(known) for known in STUDIES]
         show("studies", ("name", "subject", "paper"), ((s.name, s.title, s.paper) for s in studies))
@@ -265,7 +267,7 @@ def _study(name: str, quick: bool, out: Path | None) -> None:
     show(f"{result.title} ({result.paper})", columns, rows)
     say(result.setting)
     _draw(result, folder)
-    say(f"{result.held} of {result.judged} claims hold; {result.seconds:.0f} s; {folder}")
+    say(f"{_outcome(result)}; {folder}")
 
 
 def _all_studies(folder: Path, quick: bool, jobs: int) -> None:
@@ -280,7 +282,7 @@ def _all_studies(folder: Path, quick: bool, jobs: int) -> None:
             failed[name] = result
             say(f"{name} failed: {result}")
             continue
-        say(f"{name}: {result.held} of {result.judged} claims hold; {result.seconds:.0f} s")
+        say(f"{name}: {_outcome(result)}")
         try:
             _draw(result, folder / name)
         except Exception as error:  # the other studies go on
@@ -308,6 +310,12 @@ def _replication_table(folder: Path, *, quiet: bool = False) -> None:
     if not quiet:
         show("replication", SUMMARY_HEAD, summary_rows(results))
         say(f"table {folder / TABLE}.md, {folder / TABLE}.html")
+
+
+def _outcome(result: Any) -> str:
+    reported = len(result.claims) - result.judged
+    others = f", {reported} numbers are reported without a verdict" if reported else ""
+    return f"{result.held} of {result.judged} claims hold{others}; {result.seconds:.0f} s of processor time"
 
 
 def _draw(result: Any, folder: Path) -> None:

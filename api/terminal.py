@@ -15,7 +15,7 @@ from rich.table import Table
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Mistakes of the caller and limits of the machine; anything else is a bug and keeps its traceback.
-EXPECTED = (ValueError, TypeError, OSError, ImportError)
+EXPECTED = (ValueError, TypeError, OSError, ImportError, MemoryError)
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 COLORS = {
     "ok": "green",

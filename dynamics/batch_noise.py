@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..kernels.accurate import dot
 from ..landscape.intervals import ratio_interval, student_quantile
 from ..landscape.per_example_noise import NoiseScale
+from .rank_gradients import gradient_of_ranks, table_device
 
 # Of two micro-batches' loss factors per example.
 EQUAL_SHARES = 1e-6
@@ -41,8 +43,13 @@ class BatchNoise:
             noise.micro_batch(model.parameters(), len(part), factor=len(part) / num_examples)
         noise.step()
         optimizer.step()
+        optimizer.zero_grad()
 
-    It keeps one copy of the gradient. Ranks, with the gradients before they are averaged (`model.no_sync()`):
+    It keeps one copy of the gradient. Every batch must start from gradients that are None or 0: what is left of the
+    batch before would count as the first micro-batch's. This is refused where nothing else has written to the
+    gradients in between; it is not seen before the first batch, or where they were clipped, unscaled or averaged.
+
+    Ranks, with the gradients before they are averaged (`model.no_sync()`):
 
         noise.rank([p.grad for p in model.parameters()], num_examples=len(batch))
 
@@ -62,6 +69,8 @@ class BatchNoise:
             raise ValueError(f"`confidence` is {confidence}; give a probability between 0 and 1, such as 0.95")
         self.decay, self.confidence = decay, confidence
         self._sums: dict[str, float] = dict.fromkeys(NAMES, 0.0)
+        # The gradients after the last micro-batch, without keeping them alive, and how often they had been written to.
+        self._last: list[tuple[weakref.ref[Tensor], int] | None] = []
         self._forget()
 
     def add(self, squares: Sequence[float], sizes: Sequence[float], whole: float) -> tuple[float, float]:
@@ -98,10 +107,14 @@ class BatchNoise:
         """To be called after each backward pass that adds to `.grad`.
 
         Args:
-            parameters: Of the model; those without a gradient count as zeros.
+            parameters: Of the model, the same in every micro-batch; those without a gradient count as zeros.
             num_examples: Of the micro-batch.
             factor: By which its mean loss was multiplied before the backward pass, gradient scaling included. It must
                 be in proportion to `num_examples`, so that the sum is the gradient of the whole batch.
+
+        Raises:
+            ValueError: numbers that do not fit, other parameters than before, gradients that were dropped within a
+                batch or are left from the batch before.
         """
         if not (num_examples > 0 and factor > 0):
             raise ValueError(f"`num_examples` is {num_examples} and `factor` {factor}; both must be positive")
@@ -110,25 +123,37 @@ class BatchNoise:
                 f"`factor` is {factor:g} for {num_examples} examples, but was {self._share:g} for each example before; "
                 "weight micro-batches by their examples"
             )
-        self._share = factor / num_examples
-        whole = [p.grad.detach() for p in parameters if p.grad is not None]
-        known = self._before
-        if known and len(known) != len(whole):
+        held = [p.grad for p in parameters]
+        if self._sizes and len(self._before) != len(held):
             raise ValueError(
-                f"`parameters` has {len(whole)} gradients and had {len(known)}; call `step` after every batch, and use "
-                "the same parameters in every micro-batch"
+                f"`parameters` has {len(held)} entries and had {len(self._before)}; call `step` after every batch, and "
+                "use the same parameters in every micro-batch"
             )
-        own = [g - k for g, k in zip(whole, known, strict=True)] if known else whole
+        if not self._sizes:
+            self._refuse_leftovers(held)
+        whole = [None if g is None else g.detach() for g in held]
+        own = []
+        for k, (g, before) in enumerate(zip(whole, self._before or [None] * len(whole), strict=True)):
+            if g is not None:
+                own.append(g if before is None else g - before)
+            elif before is not None:
+                raise ValueError(
+                    f"`parameters` number {k} has lost its gradient since the last micro-batch; gradients add up over "
+                    "a batch: call `step` before they are set to zero"
+                )
+        self._share = factor / num_examples
         self._squares.append(_square(own) / factor**2)
         self._sizes.append(float(num_examples))
-        self._before = [g.clone() for g in whole]
+        self._before = [None if g is None else g.clone() for g in whole]
+        self._last = [None if g is None else (weakref.ref(g), g._version) for g in held]
 
     def step(self) -> tuple[float, float] | None:
         """Ends a batch of micro-batches; returns its tr Σ and |G|². None where it had one micro-batch only."""
         sizes, squares, before = self._sizes, self._squares, self._before
         total = self._share * math.fsum(sizes)  # factor of the whole batch
         self._forget()
-        return None if len(sizes) < 2 else self.add(squares, sizes, _square(before) / total**2)
+        whole = [g for g in before if g is not None]
+        return None if len(sizes) < 2 else self.add(squares, sizes, _square(whole) / total**2)
 
     def rank(
         self,
@@ -141,7 +166,8 @@ class BatchNoise:
         """One step from the gradients of all ranks; every rank calls it and gets the same numbers.
 
         Args:
-            gradients: This rank's own, of the mean loss of its examples; nothing is changed.
+            gradients: This rank's own, of the mean loss of its examples, in the same order on every rank; None counts
+                as zeros, also where other ranks have a gradient. Nothing is changed.
             num_examples: Of this rank.
             averaged: Their mean over ranks, weighted by examples, where it is known; else it is made here, which costs
                 one reduction of all gradients.
@@ -149,22 +175,36 @@ class BatchNoise:
 
         Returns:
             This step's tr Σ and |G|².
+
+        Raises:
+            ValueError: on every rank: a rank without examples, gradients of other parameters than another rank's,
+                `averaged` on some ranks only, gradients that are not finite.
         """
-        own = [g.detach() for g in gradients if g is not None]
-        ranks, mine = dist.get_world_size(group), dist.get_rank(group)
-        table = torch.zeros(2, ranks, dtype=torch.float64, device=own[0].device if own else None)
-        table[0, mine], table[1, mine] = _square(own), float(num_examples)
+        own = [None if g is None else g.detach() for g in gradients]
+        ranks, mine, device = dist.get_world_size(group), dist.get_rank(group), table_device(group)
+        table = torch.zeros(4, ranks, dtype=torch.float64)
+        table[:, mine] = torch.tensor(
+            [_square(g for g in own if g is not None), float(num_examples), len(own), averaged is not None],
+            dtype=torch.float64,
+        )
+        table = table.to(device)
         dist.all_reduce(table, group=group)
-        sizes = table[1].tolist()
+        squares, sizes, lengths, known = table.tolist()
+        # What is wrong on one rank is refused on all: the others would wait for it in the next reduction.
+        if not all(size > 0 for size in sizes):
+            raise ValueError(f"`num_examples` is {sizes} on the ranks; every rank must have examples")
+        if len(set(known)) > 1:
+            raise ValueError("`averaged` is None on some ranks only; give it on all of them or on none")
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"`gradients` has {[int(length) for length in lengths]} entries on the ranks; give one for each "
+                "parameter on every rank, None for those without"
+            )
         if averaged is None:
-            # Weighted before the sum, in at least float32: sums of half-precision gradients overflow.
-            share = num_examples / math.fsum(sizes)
-            whole = [g.to(torch.promote_types(g.dtype, torch.float32), copy=True).mul_(share) for g in own]
-            for gradient in whole:
-                dist.all_reduce(gradient, group=group)
+            whole = gradient_of_ranks(own, num_examples / math.fsum(sizes), device=device, group=group)
         else:
             whole = [g.detach() for g in averaged if g is not None]
-        return self.add(table[0].tolist(), sizes, _square(whole))
+        return self.add(squares, sizes, _square(whole))
 
     @property
     def steps(self) -> float:
@@ -216,13 +256,29 @@ class BatchNoise:
         if set(state) != set(NAMES):
             raise ValueError(f"`state` has the keys {sorted(state)}; a state of BatchNoise has {sorted(NAMES)}")
         self._sums = {name: float(state[name]) for name in NAMES}
+        self._last = []
         self._forget()
+
+    def _refuse_leftovers(self, held: Sequence[Tensor | None]) -> None:
+        """A gradient that was written to once at most since the last batch was set to zero, or added to, not both."""
+        left = []
+        for gradient, last in zip(held, self._last, strict=False):
+            if last is None:
+                continue
+            if gradient is None or last[0]() is not gradient or gradient._version > last[1] + 1:
+                return
+            left.append(gradient.detach())
+        if _square(left) > 0:
+            raise ValueError(
+                "`parameters` still hold the gradients of the batch before, which would count as the first "
+                "micro-batch's; call zero_grad() after every batch"
+            )
 
     def _forget(self) -> None:
         """Of the batch in the making."""
         self._sizes: list[float] = []
         self._squares: list[float] = []
-        self._before: list[Tensor] = []
+        self._before: list[Tensor | None] = []
         self._share = 0.0
 
 

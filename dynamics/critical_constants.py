@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ..hessian.batch_moments import is_number
 from ..hessian.curvature import Hessian
 from ..hessian.eigs import top_eigenvalues
 from ..landscape.objective import Objective
@@ -56,9 +57,11 @@ class EarlyRun:
 
     Attributes:
         c: Learning rate in units of 1 / λ_0.
-        loss: L_0, L_1, ... after each step; a run that diverged may be shorter, and end with an infinite loss.
-        sharpness: λ_0, λ_1, ..., NaN where it was not measured; None for a run without it.
-        diverged: Whether the training diverged, then or later.
+        loss: L_0, L_1, ... after each step. A run that diverged may be shorter than the steps looked at, and counts as
+            risen then; a loss that is not finite is divergence.
+        sharpness: λ_0, λ_1, ..., NaN where it was not measured; None for a run without it, as is one in which it is
+            known at no step after the first.
+        diverged: Whether the training diverged, then or later; where a loss is not finite it did anyway.
         path: Loss on the segment from the first weights to those after the steps looked at; None where unknown.
     """
 
@@ -80,7 +83,7 @@ class CriticalConstants:
         c_barrier: Smallest c with a loss above L_0 on the segment from the first weights to the last; c_max where no
             training that stayed finite has one; None also where no path is known.
         c_max: Largest c that does not diverge, nor any smaller one.
-        grid: The values of c, ascending.
+        grid: The values of c, ascending. sharpness_grid: Those with a sharpness.
         has_barrier: Whether c_barrier was found, not set to c_max.
     """
 
@@ -89,10 +92,11 @@ class CriticalConstants:
     c_barrier: float | None
     c_max: float | None
     grid: tuple[float, ...] = field(repr=False)
+    sharpness_grid: tuple[float, ...] = field(repr=False)
     has_barrier: bool = field(repr=False)
 
     def bracket(self, name: str) -> tuple[float, float]:
-        """The two values of c, neighbours on the grid, between which a constant lies.
+        """The two values of c, neighbours on the grid, between which a constant lies; c_sharp on `sharpness_grid`.
 
         0 or infinity stands for an end beyond the grid.
 
@@ -102,12 +106,13 @@ class CriticalConstants:
         if name not in ("c_loss", "c_sharp", "c_barrier", "c_max"):
             raise ValueError(f"`name` is {name!r}; choose 'c_loss', 'c_sharp', 'c_barrier' or 'c_max'")
         value = getattr(self, name)
+        grid = self.sharpness_grid if name == "c_sharp" else self.grid
         if value is None:
-            return self.grid[-1], math.inf
-        i = self.grid.index(value)
+            return grid[-1] if grid else 0.0, math.inf
+        i = grid.index(value)
         if name == "c_max" or (name == "c_barrier" and not self.has_barrier):
-            return value, self.grid[i + 1] if i + 1 < len(self.grid) else math.inf
-        return self.grid[i - 1] if i else 0.0, value
+            return value, grid[i + 1] if i + 1 < len(grid) else math.inf
+        return grid[i - 1] if i else 0.0, value
 
 
 def critical_constants(runs: Sequence[EarlyRun], *, steps: int = 10, tolerance: float = 1e-3) -> CriticalConstants:
@@ -129,8 +134,8 @@ def critical_constants(runs: Sequence[EarlyRun], *, steps: int = 10, tolerance: 
 
     Raises:
         ValueError: No runs, two with the same c, a run shorter than `steps` that did not diverge, a first loss or
-            sharpness that is not positive, divergence at the smallest c, or a run without sharpness (path) below
-            c_sharp (c_barrier) where others have one.
+            sharpness that is not positive, divergence at the smallest c, an empty path, or a run without sharpness
+            (path) below c_sharp (c_barrier) where others have one. A run that diverged may have none.
 
     Source: Kalra and Barkeshli, Phase diagram of early training dynamics in deep neural networks, 2023; they
     have ε = 0.
@@ -139,10 +144,12 @@ def critical_constants(runs: Sequence[EarlyRun], *, steps: int = 10, tolerance: 
     _check(ordered, steps, tolerance)
     over = 1 + tolerance
     grid = tuple(run.c for run in ordered)
-    c_loss = _first(ordered, lambda run: _rise(_stopped(run.loss), steps) > over)
-    c_sharp = _first(ordered, lambda run: run.sharpness is not None and _rise(run.sharpness, steps) > over)
-    _check_known("sharpness", {run.c: run.sharpness for run in ordered}, c_sharp)
-    c_diverged = _first(ordered, lambda run: run.diverged)
+    c_loss = _first(ordered, lambda run: _rise(_stopped(run.loss), steps) > over or len(run.loss) <= steps)
+    measured = [run for run in ordered if _is_measured(run, steps)]
+    c_sharp = _first(measured, lambda run: run.sharpness is not None and _rise(run.sharpness, steps) > over)
+    finite = [run for run in ordered if run in measured or not _diverged(run)]
+    _check_known("sharpness", {run.c: run if run in measured else None for run in finite}, c_sharp)
+    c_diverged = _first(ordered, _diverged)
     stable = [run.c for run in ordered if c_diverged is None or run.c < c_diverged]
     c_max = None if c_diverged is None else stable[-1]
     paths = {run.c: run.path for run in ordered if run.c in stable}
@@ -158,6 +165,7 @@ def critical_constants(runs: Sequence[EarlyRun], *, steps: int = 10, tolerance: 
         c_max if has_paths and c_barrier is None else c_barrier,
         c_max,
         grid,
+        tuple(run.c for run in measured),
         has_barrier=c_barrier is not None,
     )
 
@@ -166,12 +174,14 @@ def _check(runs: Sequence[EarlyRun], steps: int, tolerance: float) -> None:
     """`runs` ascend in c."""
     if not runs:
         raise ValueError("`runs` is empty; give an EarlyRun for each learning rate")
-    if steps < 1 or not 0 <= tolerance < math.inf:
-        raise ValueError(f"`steps` is {steps}, `tolerance` {tolerance}; give at least 1 and at least 0")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"`steps` is {steps!r}; give a whole number of steps, 1 or more")
+    if not (is_number(tolerance) and tolerance >= 0):
+        raise ValueError(f"`tolerance` is {tolerance!r}; give a relative error, 0 or more")
     for run, other in itertools.pairwise(runs):
         if run.c == other.c:
             raise ValueError(f"`runs` has two runs at c = {run.c:g}; give one for each learning rate")
-    if runs[0].diverged:
+    if _diverged(runs[0]):
         raise ValueError(f"the run at the smallest c = {runs[0].c:g} diverges; begin the grid lower")
     for run in runs:
         if not 0 < run.c < math.inf:
@@ -182,11 +192,22 @@ def _check(runs: Sequence[EarlyRun], steps: int, tolerance: float) -> None:
             if len(values) == 0 or not 0 < values[0] < math.inf:
                 first = values[0] if len(values) else "missing"
                 raise ValueError(f"the first {name} at c = {run.c:g} is {first}; it must be positive and finite")
-            if len(values) <= steps and not run.diverged:
+            if len(values) <= steps and not _diverged(run):
                 raise ValueError(
                     f"the run at c = {run.c:g} has a {name} after {len(values) - 1} steps only; give {steps}, "
                     "or set `diverged`"
                 )
+        if run.path is not None and len(run.path) == 0:
+            raise ValueError(f"the path at c = {run.c:g} is empty; give the loss along it, or None")
+
+
+def _diverged(run: EarlyRun) -> bool:
+    return run.diverged or not all(math.isfinite(v) for v in run.loss)
+
+
+def _is_measured(run: EarlyRun, steps: int) -> bool:
+    """Whether the sharpness is known after one of the first steps."""
+    return run.sharpness is not None and any(math.isfinite(v) for v in run.sharpness[1 : steps + 1])
 
 
 def _check_known(name: str, known: Mapping[float, object], crossing: float | None) -> None:

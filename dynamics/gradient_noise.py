@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 
 from ..hessian.batch_sharpness import batch_sharpness
 from ..landscape.per_example import per_example_statistics
-from ..landscape.per_example_snr import Definition
+from ..landscape.per_example_snr import DEFINITIONS, OF_MODULES, Definition
 from ..landscape.per_example_statistics import PerExampleStatistics
+from ..landscape.selection import near_names
+from ..landscape.tail_index import TAIL_METHODS
 from .point import Point
 from .row import Row
 
@@ -26,7 +28,7 @@ class GradientSNR:
     Args:
         every: Period in steps.
         by: "whole", "parameter", "layer", or a glob.
-        definition: "ratio", "mean", "spatial" or "second_moment".
+        definition: "ratio", "mean", "spatial" or, with by="parameter" only, "second_moment".
         memory_budget: Bytes for the pass over examples, which is shared by all measurements with the same budget.
     """
 
@@ -40,6 +42,15 @@ class GradientSNR:
     def __post_init__(self) -> None:
         if self.by == "element":
             raise ValueError("`by` is 'element'; a trajectory has no row for each weight: take 'parameter' or 'layer'")
+        if not isinstance(self.by, str) or self.by in OF_MODULES:
+            raise ValueError(f"`by` is {self.by!r}; a measurement takes 'whole', 'parameter', 'layer', or a glob")
+        _check_choice("definition", self.definition, DEFINITIONS)
+        if self.definition == "second_moment" and self.by != "parameter":
+            raise ValueError(
+                f"`by` is {self.by!r} but `definition` is 'second_moment', which runs over a tensor's axes; "
+                "give by='parameter'"
+            )
+        _check_budget(self.memory_budget)
 
     def measure(self, point: Point) -> Iterator[Row]:
         start = time.perf_counter()
@@ -66,6 +77,9 @@ class GradientNoiseScale:
     memory_budget: int | None = None
     name: str = "noise_scale"
 
+    def __post_init__(self) -> None:
+        _check_budget(self.memory_budget)
+
     def measure(self, point: Point) -> Iterator[Row]:
         start = time.perf_counter()
         found = _statistics(point, self.memory_budget).noise_scale()
@@ -91,6 +105,9 @@ class GradientAlignment:
     _: KW_ONLY
     memory_budget: int | None = None
     name: str = "gradient_alignment"
+
+    def __post_init__(self) -> None:
+        _check_budget(self.memory_budget)
 
     def measure(self, point: Point) -> Iterator[Row]:
         start = time.perf_counter()
@@ -124,6 +141,10 @@ class GradientTailIndex:
     memory_budget: int | None = None
     name: str = "tail_index"
 
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, TAIL_METHODS)
+        _check_budget(self.memory_budget)
+
     def measure(self, point: Point) -> Iterator[Row]:
         start = time.perf_counter()
         found = _statistics(point, self.memory_budget).tail_index(method=self.method)
@@ -150,6 +171,10 @@ class BatchSharpness:
     seed: int = 0
     name: str = "batch_sharpness"
 
+    def __post_init__(self) -> None:
+        _check_count("batch_size", self.batch_size, "a number of examples, at least 1")
+        _check_count("num_batches", self.num_batches, "a number of minibatches, at least 1")
+
     def measure(self, point: Point) -> Iterator[Row]:
         start = time.perf_counter()
         found = batch_sharpness(point.objective, self.batch_size, num_batches=self.num_batches, seed=self.seed)
@@ -161,6 +186,22 @@ class BatchSharpness:
             products=found.products,
             seconds=time.perf_counter() - start,
         )
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        near = near_names(str(value), choices)
+        raise ValueError(f"`{name}` is {value!r}; choose among {tuple(choices)} (near: {near})")
+
+
+def _check_count(name: str, value: object, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` is {value!r}; give {what}")
+
+
+def _check_budget(memory_budget: int | None) -> None:
+    if memory_budget is not None:
+        _check_count("memory_budget", memory_budget, "a positive number of bytes, or None")
 
 
 def _statistics(point: Point, memory_budget: int | None) -> PerExampleStatistics:

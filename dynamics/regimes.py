@@ -103,8 +103,9 @@ def regimes(
     total, or by less than five standard errors of the fit, are constant. Constant for less than a doubling is a turning
     point, or a rest, and belongs to the move before (at the beginning to the one after).
 
-    - **Transient**: from the first record to the end of the first fall, where that begins at c·step <= `early` with
-      c = 2 λ_0 / s_0. It has the catapult, where λ rises before it falls, in it.
+    - **Transient**: from the first record to the end of the first fall, where that begins at a time τ <= `early`. In
+      units of 1/λ_0, τ is the sum of 2 λ_0 / s_t over the steps t before, which is λ_0 Σ η_t for gradient descent with
+      whatever schedule. It has the catapult, where λ rises before it falls, in it.
     - **Saturation**: λ is constant. **Progressive sharpening**: it rises. **Progressive flattening**: it falls later.
 
     The loss decides nothing, it is only reported: it rises now and then at the edge, and with minibatches anywhere.
@@ -116,16 +117,18 @@ def regimes(
             or the steps of the records, ascending, counted from the start of training.
         loss: Name of a quantity, or numbers by record; None without.
         sharpness: Likewise; positive. Records where it is not finite are left out.
-        threshold: Likewise, or one number; None without, no edge is found then and c is taken as 1.
+        threshold: Likewise, or one number; positive, infinite where η = 0. Records where it is NaN are left out. None,
+            or NaN throughout, is to be without: no edge is found then, and τ is the number of steps. Between records
+            1/s is taken as linear, before the first one as constant.
         flat: Relative change that counts as none, in (0, 1).
         edge, band: λ/s.
-        early: In units of 1 / (η λ_0), as is c·step.
+        early: Of τ.
 
     Returns:
         In the order of the run, neighbours with different labels.
 
     Raises:
-        ValueError: Fewer than `least_records` records with a finite sharpness, steps that do not ascend, lengths that
+        ValueError: Fewer than `least_records` records that are not left out, steps that do not ascend, lengths that
             differ, a sharpness or threshold that is not positive.
 
     Source: the regimes are those of Kalra and Barkeshli, Phase diagram of early training dynamics in deep neural
@@ -209,13 +212,13 @@ def _moves(records: _Records, first: int, last: int, flat: float, early: float) 
     part = records.part(first, last)
     trend = Trend.of(np.log2(1.0 + part.steps), np.log(part.sharpness))
     moves = _directions(trend, flat)
-    c = 2 * part.sharpness[0] / part.threshold[0] if math.isfinite(part.threshold[0]) else 1.0
     fall = next((move for move in moves if move.direction < 0), None)
     if first == 0 and fall is not None:
-        begin = part.steps[trend.knots[fall.first]]
-        if c * begin <= early:
+        begin = int(trend.knots[fall.first])
+        time = float(_times(part)[begin])
+        if time <= early:
             change, _ = trend.change(0, fall.last)
-            reason = f"the sharpness falls from step {begin} on, where c·step = {c * begin:.3g} <= {early:g}"
+            reason = f"the sharpness falls from step {part.steps[begin]} on, at the time τ = {time:.3g} <= {early:g}"
             yield _Mark("transient", 0, int(trend.knots[fall.last]), change, reason)
             moves = [move for move in moves if move.first >= fall.last]
     for move in moves:
@@ -227,6 +230,15 @@ def _moves(records: _Records, first: int, last: int, flat: float, early: float) 
             f"{100 * math.expm1(change / octaves):+.2g} % per doubling of steps; {100 * flat:g} % count as none"
         )
         yield _Mark(_LABELS[move.direction], begin, first + int(trend.knots[move.last]), change, reason)
+
+
+def _times(records: _Records) -> np.ndarray:
+    """τ [n], the sum of 2 λ_0 / s over the steps before each record; steps without a threshold."""
+    if np.isnan(records.threshold).all():
+        return records.steps.astype(float)
+    rates = 2 * records.sharpness[0] / records.threshold
+    between = np.diff(records.steps) * (rates[1:] + rates[:-1]) / 2
+    return records.steps[0] * rates[0] + np.concatenate([[0.0], np.cumsum(between)])
 
 
 _LABELS: dict[int, Label] = {-1: "progressive flattening", 0: "saturation", 1: "progressive sharpening"}
@@ -311,7 +323,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _checked(steps: object, loss: object, sharpness: object, threshold: object, *, least_records: int) -> _Records:
-    """The records with a finite sharpness, when they can be told apart."""
+    """The records with a sharpness and a threshold, when they can be told apart."""
     columns: dict[str, np.ndarray] = {"run": np.asarray(steps)}
     for name, given in (("loss", loss), ("sharpness", sharpness), ("threshold", threshold)):
         if isinstance(given, str):
@@ -324,11 +336,13 @@ def _checked(steps: object, loss: object, sharpness: object, threshold: object, 
             )
     if (np.diff(columns["run"]) <= 0).any() or (columns["run"] < 0).any():
         raise ValueError("`run` holds steps that do not ascend from 0; give each record once, in the order of training")
-    finite = np.isfinite(columns["sharpness"])
-    records = _Records(*(columns[name][finite] for name in ("run", "sharpness", "threshold", "loss")))
+    missing = np.isnan(columns["threshold"])
+    known = np.isfinite(columns["sharpness"]) & (~missing | missing.all())
+    records = _Records(*(columns[name][known] for name in ("run", "sharpness", "threshold", "loss")))
     if len(records.steps) < least_records:
         raise ValueError(
-            f"`sharpness` has {len(records.steps)} finite records; regimes need {least_records}: measure more often"
+            f"`run` has {len(records.steps)} records with a finite sharpness and a threshold that is not NaN; regimes "
+            f"need {least_records}: measure more often"
         )
     for name, column in (("sharpness", records.sharpness), ("threshold", records.threshold)):
         wrong = np.flatnonzero(column <= 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..landscape.selection import near_names
@@ -66,14 +66,16 @@ def measurement(spec: str) -> Measurement:
     """A measurement from its name and settings.
 
     Args:
-        spec: "sharpness"; with a period in steps, "sharpness:20"; or with any settings, "sharpness:num=3,every=20".
+        spec: "sharpness", or its class "Sharpness", or what its rows are called; with a period in steps,
+            "sharpness:20"; or with any settings, "sharpness:num=3,every=20".
     """
     name, _, settings = spec.partition(":")
-    name = name.strip().replace("-", "_")
     classes = _classes()
+    name = _canonical(name.strip().replace("-", "_"), classes)
     if name not in classes:
+        others = [*classes, *(known.name for known in classes.values())]
         raise ValueError(
-            f"`measure` names {name!r}; near it: {near_names(name, classes)}; all: {', '.join(measurement_names())}"
+            f"`measure` names {name!r}; near it: {near_names(name, others)}; all: {', '.join(measurement_names())}"
         )
     arguments = {"every": int(settings)} if settings.strip().isdecimal() else parse_settings(settings)
     known = [key for key in inspect.signature(classes[name]).parameters]
@@ -95,6 +97,14 @@ def chosen_measurements(specs: Sequence[str]) -> list[Measurement]:
     if not specs:
         raise ValueError(f"`measure` is empty; name at least one of {', '.join(measurement_names())}")
     return [measurement(spec) for spec in specs]
+
+
+def _canonical(name: str, classes: Mapping[str, Any]) -> str:
+    """A measurement may also be named by its class, or as its rows are in the table, such as heterogeneity."""
+    for known, kind in classes.items():
+        if name in (known, kind.__name__, kind.name):
+            return known
+    return name
 
 
 def _classes() -> dict[str, Any]:

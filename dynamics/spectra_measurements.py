@@ -10,6 +10,7 @@ import torch
 
 from ..hessian.block_spectra import block_spectra
 from ..hessian.eigs import EigenPairs
+from ..hessian.heterogeneity import Heterogeneity
 from ..hessian.slq import spectral_density
 from ..hessian.trace import trace
 from ..hessian.tracking import EigenTracker
@@ -143,9 +144,9 @@ class BlockSpectra:
         "block_negative_mass": Σ_{λ<0} |λ| / Σ |λ|.
     Rows of the whole model, as in `Heterogeneity`, under the measurement's name NAME:
         NAME: mean Jensen-Shannon divergence between blocks on the axis log10 |λ|, in nats, at most ln 2 = 0.693, with
-            its standard error over probes. Arrays "js_divergence" [B, B] and for each block "BLOCK/nodes" and
-            "BLOCK/weights", the eigenvalues found and their shares, and "BLOCK/size_and_noise" [2], its number of
-            coordinates and the magnitude at which eigenvalues cannot be told from 0.
+            its standard error over probes and `js_divergence_resolution`. Arrays "js_divergence" [B, B] and for each
+            block "BLOCK/nodes" and "BLOCK/weights", the eigenvalues found and their shares, and "BLOCK/size_and_noise"
+            [2], its number of coordinates and the magnitude at which eigenvalues cannot be told from 0.
         "NAME_max": that of the two blocks that differ most.
         "NAME_linear": the mean on the axis λ, which sees little of blocks much smaller than the largest.
         "NAME_scale_ratio": largest over smallest max |λ| of a block, with what the residuals may change.
@@ -199,11 +200,15 @@ class BlockSpectra:
             yield Row("block_negative_mass", spectrum.negative_mass, block=block)
         found, linear = spectra.heterogeneity(), spectra.heterogeneity(axis="linear")
         sure = spectra.converged
-        yield Row(self.name, found.js_divergence_mean, found.js_divergence_stderr, converged=sure, arrays=arrays)
+        yield Row(self.name, found.js_divergence_mean, _js_error(found), converged=sure, arrays=arrays)
         yield Row(f"{self.name}_max", found.js_divergence_max, converged=sure)
-        yield Row(f"{self.name}_linear", linear.js_divergence_mean, linear.js_divergence_stderr, converged=sure)
+        yield Row(f"{self.name}_linear", linear.js_divergence_mean, _js_error(linear), converged=sure)
         yield Row(f"{self.name}_scale_ratio", found.scale_ratio, found.scale_ratio_error, converged=sure)
         yield Row(f"{self.name}_scale_spread", found.scale_spread, converged=sure)
+
+
+def _js_error(found: Heterogeneity) -> float:
+    return found.js_divergence_stderr + found.js_divergence_resolution
 
 
 def eigenvalue_rows(name: str, pairs: EigenPairs, *, keep_vectors: bool, spent: bool = True) -> Iterator[Row]:

@@ -17,8 +17,8 @@ from ..dynamics.trajectory import Trajectory
 from ..hessian.block_spectra import BlockSpectra
 from ..hessian.block_spectrum import BlockSpectrum
 from ..landscape.selection import near_names
+from .curve import missing
 from .style import BAND_ALPHA, BLUE, GREY, HEAT, VERMILION, canvas, color_bar
-from .trajectory import missing
 
 # Width of the smoothing on the logarithmic axis, in decades, as for the Jensen-Shannon divergence.
 SIGMA = 0.1
@@ -288,7 +288,7 @@ def _draw(
         note = ax.text(0.03, 0.04, f"{100 * zero:.3g} % ≈ 0", transform=ax.transAxes, va="bottom", fontsize="xx-small")
         note.set(color=GREY, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})
     ax.set_title(f"n = {panel.size:,}", loc="right", fontsize="xx-small", color=GREY, pad=2)
-    ax.set_title(_shortened(panel.name), loc="left", fontsize="small", pad=2)
+    ax.set_title(shortened(panel.name), loc="left", fontsize="small", pad=2)
     ax.spines[["top", "right"]].set_visible(False)
     ax.xaxis.set_major_locator(LogLocator(numticks=6))
     ax.xaxis.set_minor_locator(NullLocator())
@@ -305,6 +305,6 @@ def _dot(converged: bool) -> dict[str, Any]:
     return look | {"linestyle": "none", "clip_on": False}
 
 
-def _shortened(name: str) -> str:
+def shortened(name: str) -> str:
     """A long name without its middle."""
     return name if len(name) <= MOST_LETTERS else f"{name[: MOST_LETTERS // 2 - 1]}…{name[-MOST_LETTERS // 2 :]}"

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from ..dynamics.trajectory import Trajectory
+from .curve import Curve, curve
 from .style import BAND_ALPHA, COLORS, DASHES, GREY, HOUSE, dress, end_label, log_axis, style
-from .trajectory import Curve, curve
 
 LEGEND_WIDTH, HANDLE_WIDTH = 88, 8  # characters
 LINEAR = 3.0  # a ratio that goes further above the edge, as that of Adam's first step may, has a logarithmic axis

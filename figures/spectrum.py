@@ -16,8 +16,9 @@ from matplotlib.ticker import MaxNLocator
 from ..dynamics.trajectory import Trajectory
 from ..hessian.eigs import EigenPairs
 from ..hessian.slq import SpectralDensity
+from .curve import curve, missing
 from .style import BAND_ALPHA, BLACK, COLORS, DASHES, HEAT, VERMILION, canvas, color_bar, dress, log_axis
-from .trajectory import FAR_ABOVE, curve, missing, threshold_name
+from .trajectory import FAR_ABOVE, threshold_name
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -19,7 +19,7 @@ CHARACTERS = 62  # of the caption, under one panel
 TITLE = 40  # characters a line
 FEW_CELLS = 8  # so many have a tick each
 POINT, CLOUD = 2.0, 300  # size of dots where there are more than so many
-MANY = 4  # more lines than these have a small legend that may lie over them
+MANY = 4  # more lines than these have a small legend
 
 
 def study_figure(result: StudyResult) -> Axes:
@@ -71,9 +71,8 @@ def draw_panel(ax: Axes, panel: Panel) -> None:
     dress(ax, grid=None if panel.heat is not None else "y")
     ax.set(title=textwrap.fill(panel.title, TITLE), xlabel=panel.x_label, ylabel=panel.y_label)
     if len(panel.lines) > 1 or (panel.lines and panel.lines[0].label):
-        many = len(panel.lines) > MANY
-        framed = many or panel.heat is not None
-        ax.legend(fontsize=6 if many else 8, frameon=framed, framealpha=0.85, edgecolor="none", labelspacing=0.3)
+        small = len(panel.lines) > MANY or panel.heat is not None
+        ax.legend(fontsize=6 if small else 8, frameon=True, framealpha=0.8, edgecolor="none", labelspacing=0.3)
 
 
 def _line(ax: Axes, line: Line, i: int, *, halo: bool) -> None:

@@ -2,51 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from .curve import MAX_MARKERS, Curve, Look, curve, draw_curve, missing
+from .regime_shades import shade_regimes
 from .style import BAND_ALPHA, COLORS, DASHES, MARKERS, VERMILION, append_axes, canvas, dress, end_label, log_axis
 
 if TYPE_CHECKING:
-    import pandas as pd
-
+    from ..dynamics.regimes import Regime
     from ..dynamics.trajectory import Trajectory
 
-# Beyond this many points markers would merge into a thick line; points that did not converge keep theirs.
-MAX_MARKERS = 40
 # A threshold this many times above every sharpness is named at the edge instead of flattening the curve.
 FAR_ABOVE = 4.0
 INK = "#333333"
-
-
-class Curve(NamedTuple):
-    """One quantity of one block along the run, each [k]; what is not finite is NaN."""
-
-    steps: np.ndarray
-    values: np.ndarray
-    errors: np.ndarray
-    converged: np.ndarray
-
-
-def curve(table: pd.DataFrame, quantity: str, block: str = "", index: int = 0) -> Curve | None:
-    """The rows of a trajectory's table that make one line; None where there are none."""
-    rows = table[(table["quantity"] == quantity) & (table["block"] == block) & (table["index"] == index)]
-    if rows.empty:
-        return None
-    values, errors = (np.array(rows[name], dtype=float) for name in ("value", "error"))
-    values[~np.isfinite(values)] = np.nan
-    errors[~np.isfinite(errors)] = np.nan
-    return Curve(np.array(rows["step"]), values, errors, np.array(rows["converged"], dtype=bool))
-
-
-def missing(trajectory: Trajectory, quantity: str, cure: str) -> ValueError:
-    """The error for a trajectory without `quantity`, naming what it has."""
-    known = ", ".join(repr(name) for name in trajectory.quantities()) or "nothing yet"
-    return ValueError(f"`trajectory` has no {quantity!r} to draw; it has {known}: {cure}")
 
 
 def sharpness_trajectory(
@@ -56,6 +30,7 @@ def sharpness_trajectory(
     label: str | None = None,
     threshold_label: str | None = None,
     loss: bool = True,
+    regimes: Sequence[Regime] = (),
 ) -> Axes:
     r"""Largest Hessian eigenvalues against the training step, the stability threshold 2/η, and the loss underneath.
 
@@ -72,6 +47,7 @@ def sharpness_trajectory(
             rate ("lr" or "learning_rate", at the top or under "optimizer") and the threshold is 2/η; otherwise
             "stability threshold", for it depends on momentum and weight decay.
         loss: Whether to draw the loss.
+        regimes: To shade and to name over the axes, as `sharpscope.regimes(trajectory)` finds them; of one run only.
 
     Returns:
         The axes of the sharpness.
@@ -90,7 +66,8 @@ def sharpness_trajectory(
         for index, one in curves.items():
             name = rf"$\lambda_{{{index + 1}}}$" if alone and len(curves) > 1 else label if index == 0 else None
             faint = 1.0 if alone or index == 0 else 0.55
-            _line(ax, one, f"sharpness-{run}-{index + 1}", index if alone else run, name, alpha=faint)
+            look = _look(index if alone else run, faint)
+            draw_curve(ax, one, look, f"sharpness-{run}-{index + 1}", name)
         if threshold is not None:
             text = threshold_label or threshold_name(trajectory, threshold)
             _threshold(ax, threshold, f"threshold-{run}", text, own)
@@ -105,7 +82,15 @@ def sharpness_trajectory(
         lowest.set_xlabel("Training step")
         lowest.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, min_n_ticks=1, steps=[1, 2, 2.5, 5, 10]))
         _legend(ax)
+        if regimes:
+            shaded = [ax] if lowest is ax else [ax, lowest]
+            shade_regimes(shaded, regimes, (int(table["step"].min()), int(table["step"].max())))
     return ax
+
+
+def _look(number: int, alpha: float) -> Look:
+    color, dash, marker = (cycle[number % len(cycle)] for cycle in (COLORS, DASHES, MARKERS))
+    return Look(color, dash, marker, 1.5 if number == 0 else 1.2, alpha)
 
 
 def _drawn(ax: Axes, role: str) -> list[Line2D]:
@@ -115,37 +100,6 @@ def _drawn(ax: Axes, role: str) -> list[Line2D]:
 
 def _gid(line: Line2D) -> str:
     return line.get_gid() or ""
-
-
-def _line(ax: Axes, one: Curve, gid: str, look: int, name: str | None, *, alpha: float) -> None:
-    """A line with its band and markers where they fit; what did not converge is hollow, with an error bar."""
-    color, dash, marker = (cycle[look % len(cycle)] for cycle in (COLORS, DASHES, MARKERS))
-    width = 1.5 if look == 0 else 1.2
-    ax.plot(
-        one.steps, one.values, color=color, linestyle=dash, linewidth=width, alpha=alpha, gid=gid, label=name or "_"
-    )
-    sure = Curve(*(column[one.converged] for column in one))
-    if len(one.steps) <= MAX_MARKERS:
-        ax.plot(sure.steps, sure.values, color=color, marker=marker, markersize=3, linestyle="none", label="_")
-    lower, upper = sure.values - sure.errors, sure.values + sure.errors
-    ax.fill_between(sure.steps, lower, upper, color=color, alpha=BAND_ALPHA, linewidth=0, gid=f"{gid}-band")
-    if not one.converged.all():
-        unsure = Curve(*(column[~one.converged] for column in one))
-        bars = ax.errorbar(
-            unsure.steps,
-            unsure.values,
-            unsure.errors,
-            color=color,
-            elinewidth=0.8,
-            marker=marker,
-            markersize=4.5,
-            markerfacecolor="white",
-            markeredgewidth=1.0,
-            linestyle="none",
-            zorder=3,
-            label="_",
-        )
-        bars.lines[0].set_gid(f"{gid}-open")
 
 
 def threshold_name(trajectory: Trajectory, threshold: Curve) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
+from typing import TypeGuard
 
 from ..landscape.selection import near_names
 
@@ -40,11 +42,19 @@ class BatchMoments:
             raise ValueError(
                 f"`sampling` is {sampling!r}; choose among {SAMPLINGS} (near: {near_names(str(sampling), SAMPLINGS)})"
             )
-        if not 0 < b <= n or not math.isfinite(b):
-            raise ValueError(f"`batch_size` is {b}; it must lie in (0, {n}] for {n} examples")
+        if not (is_number(b) and 0 < b <= n):
+            raise ValueError(f"`batch_size` is {b!r}; give a number in (0, {n}] for {n} examples")
         if sampling == "bernoulli":
             return cls((n / b - 1) / n**2, 0.0)
         if b != int(b):
-            raise ValueError(f"`batch_size` is {b}; batches without replacement have a whole number of examples")
+            raise ValueError(
+                f"`batch_size` is {b}; batches without replacement have a whole number of examples: round it, or take "
+                "sampling='bernoulli'"
+            )
         centre = (n - b) / (b * (n - 1)) if n > 1 else 0.0
         return cls(centre / n, centre)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a finite real number, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

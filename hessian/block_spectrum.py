@@ -71,6 +71,13 @@ class BlockSpectrum:
         nodes, weights = self.density.nodes.double().cpu(), self.density.weights.double().cpu()
         return nodes.reshape(-1), weights.reshape(-1) / weights.sum()
 
+    def half_atoms(self) -> tuple[Tensor, Tensor] | None:
+        """What half the Lanczos steps of a sampled block give; `atoms` of any other; None where it is unknown."""
+        if self.density is None or self.density.exact:
+            return self.atoms()
+        nodes, weights = self.density.half_nodes.double().cpu(), self.density.half_weights.double().cpu()
+        return (nodes.reshape(-1), weights.reshape(-1) / weights.sum()) if nodes.numel() else None
+
     @property
     def negative_mass(self) -> float:
         """Σ_{λ<0} |λ| / Σ |λ|; 0 for a zero block."""

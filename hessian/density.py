@@ -41,6 +41,7 @@ class SpectralDensity:
             in units of λ. The mean does not depend on it.
         resolution: Wasserstein-1 distance to the density from half the steps of the same probes, in units of λ: about
             what the number of steps leaves unresolved, or more. NaN where unknown.
+        half_nodes, half_weights: Nodes and weights [p, k'] from half the steps; empty where unknown.
         orthogonality: Largest inner product of two vectors of a Lanczos basis, seen at the last step of each probe.
         converged: The tolerance was met, if there was one.
     """
@@ -55,6 +56,8 @@ class SpectralDensity:
     deflated_residuals: Tensor = field(default_factory=_none)
     coupling: float = 0.0
     resolution: float = math.nan
+    half_nodes: Tensor = field(default_factory=_none, repr=False)
+    half_weights: Tensor = field(default_factory=_none, repr=False)
     orthogonality: float = math.nan
     converged: bool = True
 

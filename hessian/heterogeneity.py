@@ -21,8 +21,11 @@ class Heterogeneity:
         js_divergence_mean, js_divergence_max: Jensen-Shannon divergence over all pairs of blocks, in nats, at most
             ln 2.
         js_divergence_stderr: Standard error of the mean from the probe vectors of the sampled blocks, by the
-            jackknife: 0 if all are exact, infinite if one has a single probe. What too few Lanczos steps leave
-            unresolved is not in it.
+            jackknife: 0 if all are exact, infinite if one has a single probe.
+        js_divergence_resolution: Distance of the mean to that from half the Lanczos steps of the sampled blocks: a hint
+            of what their number leaves unresolved, eigenvalues near zero above all, by which blocks look more different
+            than they are. No bound: the true distance may be several times as large, since it shrinks slowly with the
+            steps. 0 if all are exact, NaN where it is unknown.
         index: js_divergence_mean / ln 2, between 0 (all spectra equal) and 1 (no two overlap).
         most_different: The two blocks that differ most.
         scale_ratio: Largest over smallest max |λ|, over the blocks that are not zero.
@@ -38,6 +41,7 @@ class Heterogeneity:
     js_divergence_mean: float
     js_divergence_max: float
     js_divergence_stderr: float
+    js_divergence_resolution: float
     index: float
     most_different: tuple[str, str] | None
     scale_ratio: float
@@ -73,6 +77,7 @@ class Heterogeneity:
             js_divergence_mean=mean,
             js_divergence_max=float(pairs.max()) if len(pairs) else 0.0,
             js_divergence_stderr=_stderr(all_spectra, cells, masses) if len(pairs) else 0.0,
+            js_divergence_resolution=_resolution(all_spectra, cells, mean) if len(pairs) else 0.0,
             index=mean / math.log(2),
             most_different=None if worst is None else (names[int(rows[worst])], names[int(columns[worst])]),
             scale_ratio=ratio,
@@ -110,6 +115,18 @@ def _stderr(spectra: list[BlockSpectrum], cells: SpectralAxis, masses: Tensor) -
         without = torch.stack([js_to((total - row).clamp(min=0) / (p - 1), others).sum() for row in rows]) / num_pairs
         variance += (p - 1) ** 2 / p * float(without.var())
     return math.sqrt(variance)
+
+
+def _resolution(spectra: list[BlockSpectrum], cells: SpectralAxis, mean: float) -> float:
+    found = [s.half_atoms() for s in spectra]
+    halves = [atoms for atoms in found if atoms is not None]
+    if len(halves) < len(found):
+        return math.nan
+    noise = [s.noise for s in spectra]
+    own = SpectralAxis.around(halves, kind=cells.kind, sigma=cells.sigma, zeros=noise)
+    masses = torch.stack([own.masses(*atoms, zero) for atoms, zero in zip(halves, noise, strict=True)])
+    rows, columns = torch.triu_indices(len(spectra), len(spectra), offset=1)
+    return abs(float(js_divergence(masses)[rows, columns].mean()) - mean)
 
 
 def _ratio_error(largest: BlockSpectrum, smallest: BlockSpectrum) -> float:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
+import warnings
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .batch_moments import BatchMoments
+from .batch_moments import BatchMoments, is_number
 from .eigs import top_eigenvalues
+from .estimate import NotConvergedWarning
 from .operator import LinearOperator
 
 # Up to this rank the map on matrices [k, k] is formed as a matrix [k², k²] and diagonalised.
 DENSE_RANK = 24
 # Vectors [k²] that Lanczos may hold.
 BASIS_BYTES = 2 << 30
+# Of the largest: a Gram matrix in float32 is symmetric and positive up to this.
+GRAM_ROUNDING = 1e-3
+# Of the eigenvalues in the search for the radius while it is far from its root; steps that it may take.
+FAR_TOL = 1e-3
+MOST_STEPS = 60
 
 
 class MeanSquareStability:
@@ -77,16 +84,39 @@ class MeanSquareStability:
         """From the inner products [n r, n r] of the columns of all factors, those of an example side by side.
 
         Raises:
-            ValueError: `gram` is not square, or not a multiple of `num_examples` wide.
+            ValueError: `gram` is not square, not a multiple of `num_examples` wide, not finite, not symmetric or not
+                positive semidefinite, both up to rounding in float32.
         """
-        if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or num_examples < 1 or gram.shape[0] % num_examples:
+        if isinstance(num_examples, bool) or not isinstance(num_examples, int) or num_examples < 1:
+            raise ValueError(f"`num_examples` is {num_examples!r}; give the number of examples, 1 or more")
+        if not isinstance(gram, Tensor) or gram.ndim != 2 or gram.is_complex() or gram.shape[0] != gram.shape[1]:
+            shape = list(gram.shape) if isinstance(gram, Tensor) else type(gram).__name__
+            raise ValueError(f"`gram` is {shape}; give real inner products [n r, n r] as one tensor")
+        if len(gram) == 0 or len(gram) % num_examples:
             raise ValueError(f"`gram` is {list(gram.shape)}; give [n r, n r] for the {num_examples} examples")
+        if not bool(torch.isfinite(gram).all()):
+            raise ValueError("`gram` holds numbers that are not finite; check the model at these weights")
+        gram = gram.double()
+        skew, largest = float((gram - gram.T).abs().max()), float(gram.abs().max())
+        if skew > GRAM_ROUNDING * largest:
+            raise ValueError(
+                f"`gram` differs from its transpose by {skew:.3g} with a largest entry of {largest:.3g}; inner "
+                "products are symmetric: give factorsᵀ @ factors"
+            )
+        values, rows = _coordinates((gram + gram.T) / 2)
+        if values[0] < -GRAM_ROUNDING * values.abs().max():
+            raise ValueError(
+                f"`gram` has eigenvalues from {float(values[0]):.3g} to {float(values[-1]):.3g}; inner products have "
+                "none below zero: give factorsᵀ @ factors"
+            )
         made = cls.__new__(cls)
-        made._keep(*_coordinates(gram.double()), num_examples, rank_tol)
+        made._keep(values, rows, num_examples, rank_tol)
         return made
 
     def _keep(self, values: Tensor, rows: Tensor, n: int, rank_tol: float | None) -> None:
         """Takes on what lies in the span: `values` [k] of Σ H_i, factors by `rows` [k, n r]."""
+        if not (rank_tol is None or (is_number(rank_tol) and rank_tol >= 0)):
+            raise ValueError(f"`rank_tol` is {rank_tol!r}; give a share of the largest eigenvalue, 0 or more, or None")
         tol = len(values) * torch.finfo(torch.float64).eps if rank_tol is None else rank_tol
         kept = values > tol * values[-1].clamp(min=0.0)
         self.num_examples = n
@@ -116,7 +146,10 @@ class MeanSquareStability:
     ) -> float:
         """ρ(T): E‖w‖² grows or decays like ρᵏ over k steps; 0 where every H_i is zero.
 
-        With momentum, that of the map on the second moments of (w_t, w_(t−1)).
+        With momentum, that of the map on the second moments of (w_t, w_(t−1)). Up to k = 24 it is found by dense
+        eigenvalue problems [k², k²]. Beyond, or with momentum, it is the root of a function each value of which takes
+        an eigenvalue problem as that of `threshold`; most are solved roughly, so that the whole costs COST
+        `threshold` does, and less where the noise does not count.
 
         Args:
             lr: η.
@@ -132,9 +165,9 @@ class MeanSquareStability:
         Warns:
             NotConvergedWarning: `tol` was not reached.
         """
-        if not (lr > 0 and math.isfinite(lr)):
-            raise ValueError(f"`lr` is {lr}; a learning rate is positive")
-        noise = self._checked(batch_size, sampling, momentum)
+        if not (is_number(lr) and lr > 0):
+            raise ValueError(f"`lr` is {lr!r}; a learning rate is a positive number")
+        noise = self._checked(batch_size, sampling, momentum, rho, tol)
         if rho != 0.0:
             return self._sam(rho).radius(lr, batch_size, sampling=sampling, momentum=momentum, tol=tol)
         if not self.rank:
@@ -178,7 +211,7 @@ class MeanSquareStability:
         Warns:
             NotConvergedWarning: `tol` was not reached.
         """
-        noise = self._checked(batch_size, sampling, momentum)
+        noise = self._checked(batch_size, sampling, momentum, rho, tol)
         if rho != 0.0:
             return self._sam(rho).threshold(batch_size, sampling=sampling, momentum=momentum, tol=tol)
         if not self.rank:
@@ -198,15 +231,17 @@ class MeanSquareStability:
         x, y = x.unsqueeze(1), x.unsqueeze(0)
         return ((1 - x) * (1 - y) - noise.centre * x * y) * moment + lr**2 * noise.own * self._products(moment)
 
-    def _checked(self, batch_size: float, sampling: str, momentum: float) -> BatchMoments:
-        if not 0.0 <= momentum < 1.0:
-            raise ValueError(f"`momentum` is {momentum}; it must lie in [0, 1)")
+    def _checked(self, batch_size: float, sampling: str, momentum: float, rho: float, tol: float) -> BatchMoments:
+        if not (is_number(momentum) and 0.0 <= momentum < 1.0):
+            raise ValueError(f"`momentum` is {momentum!r}; give a number in [0, 1)")
+        if not (is_number(rho) and rho >= 0):
+            raise ValueError(f"`rho` is {rho!r}; the perturbation of SAM has a size of 0 or more")
+        if not (is_number(tol) and 0 < tol < 1):
+            raise ValueError(f"`tol` is {tol!r}; give a relative accuracy above 0 and below 1, such as 1e-8")
         return BatchMoments.of(self.num_examples, batch_size, sampling)
 
     def _sam(self, rho: float) -> MeanSquareStability:
         """The same with H_i + rho H_i² = F_i (I + rho F_iᵀF_i) F_iᵀ."""
-        if not (rho > 0 and math.isfinite(rho)):
-            raise ValueError(f"`rho` is {rho}; the perturbation of SAM has a size of 0 or more")
         if rho not in self._of_sam:
             own, vectors = torch.linalg.eigh(self.coordinates.mT @ self.coordinates)
             roots = (1 + rho * own.clamp(min=0.0)).sqrt().unsqueeze(1)
@@ -216,30 +251,56 @@ class MeanSquareStability:
     def _sought_radius(self, lr: float, beta: float, noise: BatchMoments, lowest: float, tol: float) -> float:
         """The ρ at which T / ρ is marginal, sought above the radius without noise.
 
-        T / ρ is the same map with φ / √ρ, β / ρ and noise / ρ, for the autoregressions w_(t+1) = φ w_t − β w_(t−1). The
-        response to noise is known in closed form, so the crowd of eigenvalues of T near 1 costs no products.
+        One turn is noise, then the response R_ab(ρ) to it, known in closed form, of the autoregressions w_(t+1) = φ w_t
+        − β w_(t−1) at growth ρ; so the crowd of eigenvalues of T near 1 costs no products. T / ρ is marginal where the
+        gain λ of a turn is 1. 1/λ is nearly linear in ρ, concave for β = 0, and its slope Σ_ab V_ab² (−log R_ab)' / λ
+        follows from the eigenvector V alone: Newton's method, kept between ends of known sign.
         """
-        from scipy.optimize import root_scalar
-
         x = lr * self.eigenvalues
+        phi = 1 + beta - x
         noises = -noise.centre * x.unsqueeze(1) * x.unsqueeze(0)
-        start: Tensor | None = None
+        products, squares = phi.unsqueeze(1) * phi.unsqueeze(0), (phi.unsqueeze(1) - phi.unsqueeze(0)).square()
+        moment: Tensor | None = None
 
-        def excess(rho: float) -> float:
-            """1 − 1/λ for the gain λ of one turn: noise, then the response to it, at growth ρ."""
-            nonlocal start
-            phi, turn = (1 + beta - x) / rho**0.5, beta / rho
-            a, b = phi.unsqueeze(1), phi.unsqueeze(0)
-            response = (1 - turn**2) / ((1 - turn**2) ** 2 - (1 - turn) ** 2 * a * b + turn * (a - b).square()) / rho
-            gain, start = self._top(noises * response, response.sqrt(), lr**2 * noise.own, tol / 10, start)
-            return 1 - 1 / max(gain, 1e-300)
+        def turn(rho: float, inner_tol: float) -> tuple[float, float]:
+            """λ and λ times the slope of 1/λ."""
+            nonlocal moment
+            t = beta / rho
+            inverse = rho * (1 - t**2) - (1 - t) / (1 + t) * products + t / (1 - t**2) * squares
+            slope = 1 + t**2 - 2 * t / (1 + t) ** 2 / rho * products - t * (1 + t**2) / (1 - t**2) ** 2 / rho * squares
+            scale = inverse.rsqrt()
+            start = None if moment is None else (moment / scale).reshape(-1)
+            gain, vector = self._top(noises / inverse, scale, lr**2 * noise.own, inner_tol, start)
+            vector = vector.reshape_as(scale)
+            moment = scale * vector
+            return gain, float((vector.square() * slope / inverse).sum())
 
-        low, high = max(lowest, 1e-30) * (1 + tol), max(2 * lowest, 0.5)
-        if excess(low) <= 0:
-            return lowest
-        while excess(high) > 0:
-            low, high = high, 2 * high
-        return float(root_scalar(excess, bracket=(low, high), method="brentq", rtol=max(tol, 1e-14)).root)
+        floor, inner_tol = max(lowest, 1e-30) * (1 + tol), max(FAR_TOL, tol / 10)
+        low, high, rho = floor, math.inf, max(1.0, 1.1 * lowest)
+        before: tuple[float, float] | None = None
+        for _ in range(MOST_STEPS):
+            gain, steepness = turn(rho, inner_tol)
+            fine = inner_tol <= tol / 10
+            if rho == floor and gain <= 1:
+                return lowest
+            # A gain is too small if at all: above 1 it is that for certain, below 1 where it is accurate.
+            if gain > 1:
+                low = max(low, rho)
+            elif fine:
+                high = min(high, rho)
+            step = (gain - 1) / steepness if steepness > 0 else math.copysign(rho, gain - 1)
+            slope = steepness / gain if gain > 0 else math.inf
+            if fine and (abs(gain - 1) <= tol or _error_left(step, rho, slope, before) <= tol * rho):
+                return rho + step
+            before = (rho, slope)
+            if rho + step < low:
+                rho = floor if low == floor else (low + rho) / 2
+            else:
+                rho = rho + step if rho + step <= high else (rho + high) / 2
+            if rho == floor or abs(step) <= 0.03 * (rho - lowest):
+                inner_tol = tol / 10
+        warnings.warn(f"the radius near {rho:.6g} is not known to `tol` = {tol:g}", NotConvergedWarning, stacklevel=3)
+        return rho
 
     def _products(self, moment: Tensor) -> Tensor:
         """Σ_i H_i X H_i."""
@@ -259,12 +320,13 @@ class MeanSquareStability:
 
     def _top(
         self, diagonal: Tensor, scale: Tensor, gain: float, tol: float, start: Tensor | None = None
-    ) -> tuple[float, Tensor | None]:
-        """Largest eigenvalue of X -> diagonal ∘ X + gain · scale ∘ Σ_i H_i (scale ∘ X) H_i; its vector if iterated."""
+    ) -> tuple[float, Tensor]:
+        """Largest eigenvalue of X -> diagonal ∘ X + gain · scale ∘ Σ_i H_i (scale ∘ X) H_i and its vector [k²]."""
         if self.rank <= DENSE_RANK:
             s = scale.reshape(-1)
             matrix = gain * s.unsqueeze(1) * self._dense_products * s + torch.diag(diagonal.reshape(-1))
-            return float(torch.linalg.eigvalsh(matrix)[-1]), None
+            values, vectors = torch.linalg.eigh(matrix)
+            return float(values[-1]), vectors[:, -1]
         operator = _ScaledMap(self, diagonal, scale, gain)
         basis = max(8, min(200, BASIS_BYTES // (8 * self.rank**2)))
         start = torch.diag(scale.diagonal().reciprocal()).reshape(-1) if start is None else start
@@ -304,3 +366,11 @@ def _squared_roots(lr: float, beta: float, eigenvalues: Tensor) -> float:
     discriminant = phi.square() - 4 * beta
     real = ((phi.abs() + discriminant.clamp(min=0.0).sqrt()) / 2).square()
     return float(torch.where(discriminant >= 0, real, beta).max())
+
+
+def _error_left(step: float, at: float, slope: float, before: tuple[float, float] | None) -> float:
+    """Of a step of Newton's method, by how the slope has changed since the point before; infinite where it did much."""
+    if before is None or at == before[0] or not 0 < slope < math.inf:
+        return math.inf
+    change = abs(slope - before[1]) / slope
+    return change * step**2 / abs(at - before[0]) if change < 0.5 else math.inf

@@ -53,6 +53,8 @@ def _density(
         products=s.products,
         seconds=s.seconds,
         resolution=resolution,
+        half_nodes=coarse_nodes,
+        half_weights=coarse_weights,
         orthogonality=s.orthogonality,
     )
     density = plain if subspace is None else _joined(plain, subspace, n)
@@ -63,21 +65,28 @@ def _density(
 
 def _joined(density: SpectralDensity, subspace: Subspace, n: int) -> SpectralDensity:
     """The density of P A P, of weight (n − K)/n, and the K Ritz values."""
-    p, K = len(density.nodes), len(subspace)
-    nodes, order = torch.cat([density.nodes, subspace.values.expand(p, K)], dim=1).sort(dim=1)
-    weights = torch.cat(
-        [(n - K) / n * density.weights, torch.full((p, K), 1 / n, dtype=torch.float64, device="cpu")], dim=1
-    )
+    nodes, weights = _with_values(density.nodes, density.weights, subspace, n)
+    half_nodes, half_weights = _with_values(density.half_nodes, density.half_weights, subspace, n)
     return replace(
         density,
         nodes=nodes,
-        weights=weights.gather(1, order),
+        weights=weights,
         products=density.products + subspace.products,
         deflated=subspace.values,
         deflated_residuals=subspace.residuals,
         coupling=2 * subspace.coupling / n,
-        resolution=(n - K) / n * density.resolution,
+        resolution=(n - len(subspace)) / n * density.resolution,
+        half_nodes=half_nodes,
+        half_weights=half_weights,
     )
+
+
+def _with_values(nodes: Tensor, weights: Tensor, subspace: Subspace, n: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights [p, k + K] of every probe and the Ritz values together."""
+    p, K = len(nodes), len(subspace)
+    joined, order = torch.cat([nodes, subspace.values.expand(p, K)], dim=1).sort(dim=1)
+    shares = torch.full((p, K), 1 / n, dtype=torch.float64, device="cpu")
+    return joined, torch.cat([(n - K) / n * weights, shares], dim=1).gather(1, order)
 
 
 def exact_density(op: LinearOperator) -> SpectralDensity:

@@ -29,6 +29,8 @@ log = logging.getLogger("sharpscope")
 METHODS = ("auto", "factors", "vmap", "loop")
 COLLECTIONS = ("all", "sums")
 
+# Roundings by which weights are moved to see what rounding does to a gradient.
+UNITS_MOVED = 32
 # Kinds of batches that were verified, as the first look is, once: what an axis means follows from the sizes, the
 # functions of torch that are called and their axes. Which parameters are used where is seen anew in every pass.
 _verified: WeakKeyDictionary[Objective, set[tuple[str, int, int]]] = WeakKeyDictionary()
@@ -98,8 +100,8 @@ def per_example_statistics(
     if collect not in COLLECTIONS:
         near = near_names(str(collect), COLLECTIONS)
         raise ValueError(f"`collect` is {collect!r}; choose among {COLLECTIONS} (near: {near})")
-    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
-        raise ValueError(f"`chunk_size` is {chunk_size!r}; give a positive number of examples, or None")
+    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"`chunk_size` is {chunk_size!r}; give a positive number of examples, an integer, or None")
     if objective._batches is None:
         raise ValueError("a closure has no examples; make the objective with Objective or Objective.supervised")
     allotted = allotment(objective, memory_budget, keep=collect == "all")
@@ -188,8 +190,7 @@ class _Pass:
         if losses is not None:
             self._check_losses(chunk, weights[sums.kept], losses, chunk.weight * float(loss.detach()))
         kind = (self.method, sums.size, signature)
-        if self.method != "loop" and kind not in self.verified:
-            self._verify(sums, singles)
+        if self.method != "loop" and kind not in self.verified and self._verify(sums, singles):
             self.verified.add(kind)
         sums.close()
 
@@ -202,19 +203,32 @@ class _Pass:
                 f"{whole:.6g}: the loss mixes examples or is not their mean, so per-example gradients do not exist"
             )
 
-    def _verify(self, sums: ChunkSums, singles: Singles) -> None:
+    def _verify(self, sums: ChunkSums, singles: Singles) -> bool:
         """One example's gradient, parameter by parameter, against a backward pass of its own.
+
+        Near an exact fit gradients are made of the rounding of predictions, and so differ from method to method by as
+        much as they are. How far rounding goes is then seen by moving the weights by some units of it.
+
+        Returns:
+            False where they agree within that rounding only, so that another point has to be looked at too.
 
         Raises:
             NotSeparable: they differ by more than rounding: rows were taken for those of other examples.
         """
         numbers = torch.nonzero(sums.kept).reshape(-1)
         i = int(numbers[2 * len(numbers) // 3])
-        norms = torch.stack([_norm(g) for g in singles.gradient(i)])
+        own = singles.gradient(i)
+        norms = torch.stack([_norm(g) for g in own])
         eps = self.objective.coarsest_eps
         allowed = math.sqrt(eps) * norms + min(1e3 * eps, 0.1) * norms.norm()
-        if not bool(((sums.norms_of(i) - norms).abs() <= allowed).all()):
+        apart = (sums.norms_of(i) - norms).abs()
+        if bool((apart <= allowed).all()):
+            return True
+        nearby = singles.gradient_nearby(i, min(UNITS_MOVED * eps, math.sqrt(eps)))
+        by_rounding = torch.stack([_norm(a - b) for a, b in zip(nearby, own, strict=True)])
+        if not bool((apart <= allowed + by_rounding).all()):
             raise NotSeparable("the gradient of an example differs from what a backward pass of its own gives")
+        return False
 
     def _refuse_batch_statistics(self) -> None:
         assert self.objective.model is not None

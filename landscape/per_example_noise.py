@@ -12,6 +12,19 @@ from torch import Tensor
 from .intervals import ratio_interval, student_quantile
 
 Number = TypeVar("Number", float, Tensor)
+# Sums of more terms are formed in blocks, whose errors hardly add up.
+BLOCK_OF_TERMS = 1024
+
+
+def moment_rounding(eps: float, num: int) -> float:
+    """Relative error that may stand in a second moment over `num` examples at machine epsilon `eps`.
+
+    That of a sum of positive terms, half an epsilon for each, and at least that of the terms. Examples that are all
+    alike come near it: their errors have one sign.
+
+    Source: Higham, The Accuracy of Floating Point Summation, 1993, section 2.
+    """
+    return eps * max(8.0, min(num, BLOCK_OF_TERMS) / 2)
 
 
 @dataclass(frozen=True)
@@ -21,9 +34,10 @@ class NoiseScale:
     Attributes:
         estimate: Infinite where `squared_norm` is not positive.
         stderr: Of the jackknife over examples; NaN where it was not estimated, or is infinite without some example.
-        trace: tr Σ of single examples' gradients, or tr HΣ.
+        trace: tr Σ of single examples' gradients, at least 0, or tr HΣ.
         squared_norm: |G|² of the true gradient, or GᵀHG; unbiased, so it may be negative.
-        low, high: Interval for the true ratio; `high` is infinite where |G|² is not told from 0.
+        low, high: Interval for the true ratio, no narrower than rounding; `high` is infinite where |G|² is not told
+            from 0.
         confidence: Probability with which it covers the true ratio.
     """
 
@@ -43,7 +57,14 @@ class NoiseScale:
 
 
 def noise_scale_of(
-    weights: Tensor, squares: Tensor, length: float, along: Tensor | None, confidence: float
+    weights: Tensor,
+    squares: Tensor,
+    length: float,
+    along: Tensor | None,
+    confidence: float,
+    *,
+    eps: float = torch.finfo(torch.float64).eps,
+    definite: bool = True,
 ) -> NoiseScale:
     r"""From w_i [N], g_i · g_i [N], ḡ · ḡ and, for the error, g_i · ḡ [N]; or the same with H between them.
 
@@ -52,13 +73,23 @@ def noise_scale_of(
     the two, and with it the interval of their ratio (`ratio_interval`). Where |G|² is hardly told from 0, C₂₂ is up to
     twice too large and the interval too wide.
 
+    The interval is never narrower than the rounding of tr Σ, and holds the estimate. A negative tr Σ is taken as 0: it
+    can be rounding only, unless an indefinite H (`definite` False) stands between the gradients.
+
+    Args:
+        eps: Machine epsilon of what the numbers were computed in.
+        definite: Whether products of a gradient with itself cannot be negative.
+
     Source: Efron, Stein, The Jackknife Estimate of Variance, 1981.
     """
     p = weights / weights.sum()
     mean_square, concentration = float(p @ squares), float(p @ p)
     trace, squared_norm = _unbiased(mean_square, length, concentration)
-    estimate = trace / squared_norm if squared_norm > 0 else math.inf
     num = len(p)
+    rounding = moment_rounding(eps, num) * float(p @ squares.abs()) / (1 - concentration)
+    if definite or trace >= -rounding:
+        trace = max(trace, 0.0)
+    estimate = trace / squared_norm if squared_norm > 0 else math.inf
     if along is None or num < 3:
         return NoiseScale(estimate, math.nan, trace, squared_norm, confidence=confidence)
     left = 1 - p
@@ -73,6 +104,9 @@ def noise_scale_of(
     of_trace, of_norm, both = float(C[0, 0]), float(C[1, 1]), float(C[0, 1])
     quantile = student_quantile(num - 1, confidence)
     low, high = ratio_interval(trace, squared_norm, of_trace, of_norm, both, quantile)
+    if squared_norm > 0:
+        low = min(low, max(trace - rounding, min(trace, 0.0)) / squared_norm)
+        high = max(high, (trace + rounding) / squared_norm)
     return NoiseScale(estimate, jackknife(ratios), trace, squared_norm, low, high, confidence)
 
 

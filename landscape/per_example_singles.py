@@ -56,6 +56,18 @@ class Singles:
         """g_i by one ordinary backward pass, in the shapes of the parameters."""
         return self._one(i, range(len(self._theta)))[1]
 
+    def gradient_nearby(self, i: int, relative: float) -> list[Tensor]:
+        """g_i where every weight is larger by a random share of up to `relative`."""
+        random = torch.Generator().manual_seed(0)
+        near = []
+        for t in self._theta:
+            share = relative * torch.rand(t.shape, generator=random, dtype=torch.float64)
+            near.append((t.detach() * (1 + share).to(t)).requires_grad_())
+        with self._objective.replaced(near):
+            value = self.loss(*(t[i] for t in self._cut))
+            found = torch.autograd.grad(value, near, allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g for t, g in zip(near, found, strict=True)]
+
     def losses(self, kept: Tensor) -> Tensor:
         """ℓ_i of the examples kept [m], in float64."""
         chosen = [t[kept.to(t.device)] for t in self._cut]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Partition, partition
+from .per_example_noise import moment_rounding
 from .selection import near_names
 from .spatial_snr import gsnr_of, snr
 
@@ -29,6 +30,8 @@ def signal_to_noise(
     if definition not in DEFINITIONS:
         near = near_names(str(definition), DEFINITIONS)
         raise ValueError(f"`definition` is {definition!r}; choose among {DEFINITIONS} (near: {near})")
+    if not (isinstance(eps, int | float) and 0 <= eps < math.inf):
+        raise ValueError(f"`eps` is {eps!r}; it is added to a standard deviation: give a number of at least 0, as 1e-8")
     if definition == "second_moment":
         return _of_second_moments(statistics, by, dims)
     if dims is not None:
@@ -40,20 +43,20 @@ def signal_to_noise(
         values = {"": signal} if by == "whole" else _blocks(statistics, by, signal)
         found = {name: float(gsnr_of(g, eps, "code")) for name, g in values.items()}
         return found[""] if by == "whole" else found
-    noise = statistics.variance()
+    noise, floor = statistics.variance(), _rounding_of_variance(statistics)
     signal.square_()
     if by == "element":
-        return _by_element(signal, noise)
+        return _by_element(signal, noise, floor)
     if definition == "mean":
-        elements = _by_element(signal, noise)
+        elements = _by_element(signal, noise, floor)
         elements[statistics.second_moment == 0] = math.nan
         if by == "whole":
             return float(elements.nanmean(dtype=torch.float64))
         return {name: float(e.nanmean(dtype=torch.float64)) for name, e in _blocks(statistics, by, elements).items()}
     if by == "whole":
-        return _ratio(_total(signal), _total(noise))
-    pairs = zip(_blocks(statistics, by, signal).items(), _blocks(statistics, by, noise).values(), strict=True)
-    return {name: _ratio(_total(s), _total(v)) for (name, s), v in pairs}
+        return _ratio(_total(signal), _total(noise), _total(floor))
+    top, bottom, least = (_blocks(statistics, by, flat) for flat in (signal, noise, floor))
+    return {name: _ratio(_total(top[name]), _total(bottom[name]), _total(least[name])) for name in top}
 
 
 def _of_second_moments(statistics: PerExampleStatistics, by: Any, dims: Sequence[int] | None) -> dict[str, float]:
@@ -84,15 +87,23 @@ def _blocks(statistics: PerExampleStatistics, by: Any, flat: Tensor) -> dict[str
     return {name: block.gather(tensors) for name, block in blocks.items()}
 
 
-def _by_element(signal: Tensor, noise: Tensor) -> Tensor:
-    return torch.where(signal > 0, signal / noise, 0.0)
+def _rounding_of_variance(statistics: PerExampleStatistics) -> Tensor:
+    """Variances [n] up to which they may be the rounding of second moments."""
+    p = statistics.weights / statistics.weights.sum()
+    relative = moment_rounding(torch.finfo(statistics.second_moment.dtype).eps, len(p))
+    return statistics.second_moment * (relative / (float(statistics.weights.sum()) * (1 - float(p @ p))))
+
+
+def _by_element(signal: Tensor, noise: Tensor, floor: Tensor) -> Tensor:
+    ratio = torch.where(noise > floor, signal / noise, math.nan)
+    return torch.where(signal > 0, ratio, 0.0)
 
 
 def _total(tensor: Tensor) -> float:
     return float(tensor.sum(dtype=torch.float64))
 
 
-def _ratio(signal: float, noise: float) -> float:
-    if noise > 0:
-        return signal / noise
-    return math.inf if signal > 0 else 0.0
+def _ratio(signal: float, noise: float, floor: float) -> float:
+    if signal == 0:
+        return 0.0
+    return signal / noise if noise > floor else math.nan

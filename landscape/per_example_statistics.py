@@ -151,15 +151,17 @@ class PerExampleStatistics:
         ===============  ===============================================================================================
 
         "ratio" and "mean" compare examples, with the unbiased variance of a single one: for the mean of B independent
-        examples they are B times as large. Where ḡ is 0 they are 0. "spatial" and "second_moment" compare entries of
-        one tensor, and need no second example.
+        examples they are B times as large. Where ḡ is 0 they are 0. A variance below the rounding of its second moment
+        (relatively N/2 times the machine epsilon, between 8 and 512 epsilons) is not resolved: "ratio" is NaN there,
+        with by="element" too, and "mean" leaves such entries out, whose ratios are the largest; NaN if all are such.
+        "spatial" and "second_moment" compare entries of one tensor, and need no second example.
 
         Args:
             by: "element" [n], "whole", or blocks as in `partition`: "parameter", "layer", globs, a mapping, or a
                 Partition, such as partition(objective, "head").
             definition: As above.
             dims: K of "second_moment".
-            eps: Of "spatial".
+            eps: Of "spatial", at least 0.
 
         Raises:
             ValueError: an option that does not exist or does not go with another; one example where two are needed.
@@ -175,12 +177,14 @@ class PerExampleStatistics:
 
         Σ is the covariance of single examples' gradients, G the true gradient; both are estimated without bias,
         |G|² = ‖ḡ‖² − Σ_i p_i² tr Σ. Infinite where that is not positive: there are too few examples to tell the
-        gradient from 0. Standard error (the jackknife's over examples) and interval (Fieller's, which stays right
-        where |G|² is hardly told from 0) need collect="all"; without it they are NaN.
+        gradient from 0. tr Σ is at least 0: gradients that are alike up to rounding give 0 or little more. Standard
+        error (the jackknife's over examples) and interval (Fieller's, which stays right where |G|² is hardly told from
+        0, and never narrower than rounding) need collect="all"; without it they are NaN.
 
         Args:
             curvature: An operator H with `H @ V`, such as a Hessian or GGN: then tr HΣ / GᵀHG, the critical batch size
                 at which a step is half as good as one of the full gradient, to second order. Takes N + 1 products.
+                An indefinite H may make it negative.
             confidence: Of the interval.
 
         Raises:
@@ -192,17 +196,17 @@ class PerExampleStatistics:
         self._concentration()
         if not 0 < confidence < 1:
             raise ValueError(f"`confidence` is {confidence}; give a probability between 0 and 1, such as 0.95")
-        mean = self.mean.double() / float(self.weights.sum())
+        mean, eps = self.mean.double() / float(self.weights.sum()), torch.finfo(self.mean.dtype).eps
         if curvature is None:
             squares = self.norms.double().cpu().square()
-            return noise_scale_of(self.weights, squares, float(mean @ mean), self.along, confidence)
+            return noise_scale_of(self.weights, squares, float(mean @ mean), self.along, confidence, eps=eps)
         rows = self._exact_rows("noise_scale(curvature=...)")
         if rows.num_examples != self.num_examples:
             raise ValueError("`curvature` needs the gradients of all examples on this rank; they lie on several")
         H_mean = (curvature @ self.mean).double() / float(self.weights.sum())
         squares = torch.cat([(V.double() * (curvature @ V).double()).sum(0).cpu() for V in self._columns(rows)])
         along = rows.times(H_mean)
-        return noise_scale_of(self.weights, squares, float(mean @ H_mean), along, confidence)
+        return noise_scale_of(self.weights, squares, float(mean @ H_mean), along, confidence, eps=eps, definite=False)
 
     def alignment(self) -> Alignment:
         """How far the examples' gradients agree: mean pairwise cosine, diversity, confusion, share of opposed pairs.

@@ -41,8 +41,9 @@ class GradientTails:
 
 def gradient_tails(rows: GradientRows, layout: Layout, columns: int, options: dict[str, Any]) -> GradientTails:
     """See `PerExampleStatistics.tail_index`."""
-    if not 1 <= columns <= SAMPLED_COLUMNS and not (rows.exact and columns >= 1):
-        raise ValueError(f"`columns` is {columns}; give from 1 to {SAMPLED_COLUMNS} (more where rows are kept whole)")
+    integer = isinstance(columns, int) and not isinstance(columns, bool)
+    if not integer or columns < 1 or (columns > SAMPLED_COLUMNS and not rows.exact):
+        raise ValueError(f"`columns` is {columns!r}; give from 1 to {SAMPLED_COLUMNS} (more where rows are kept whole)")
     if rows.num_examples < LEAST_SAMPLES:
         raise ValueError(f"a tail index needs at least {LEAST_SAMPLES} examples; there are {rows.num_examples}")
     parameters, skipped, usable = {}, {}, []

@@ -94,20 +94,24 @@ def tail_index(
         seed: Of dealing, shuffling and signs.
 
     Raises:
-        ValueError: fewer than 16 rows, entries that are not finite, a `size` that does not fit, no column that can be
-            used. A constant one cannot; "logmoment" leaves out those with a sample or a sum exactly at the centre too,
-            such as columns that are mostly 0.
+        ValueError: fewer than 16 rows, entries that are not finite, a `size` or `shuffles` that is no integer or does
+            not fit, no column that can be used. A constant one cannot; "logmoment" leaves out those with a sample or a
+            sum exactly at the centre too, such as columns that are mostly 0.
 
     Source: Mohammadi, Mohammadpour, Ogata, On Estimating the Tail Index and the Spectral Measure of Multivariate
     α-Stable Distributions, 2015, corollary 2.4; Hill, A Simple General Approach to Inference About the Tail of a
     Distribution, 1975, section 2. Groups and signs: derived here.
     """
-    rows = _checked(samples, method, confidence, shuffles)
+    rows = _checked(samples, method, size, confidence, shuffles)
     estimate = _log_moment if method == "logmoment" else _hill
     return estimate(rows, size, confidence, shuffles, seed)
 
 
-def _checked(samples: Tensor, method: str, confidence: float, shuffles: int) -> Tensor:
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _checked(samples: Tensor, method: str, size: int | None, confidence: float, shuffles: int) -> Tensor:
     """The samples as [N, d]."""
     if method not in TAIL_METHODS:
         near = near_names(str(method), TAIL_METHODS)
@@ -119,8 +123,10 @@ def _checked(samples: Tensor, method: str, confidence: float, shuffles: int) -> 
         raise ValueError(f"`samples` has {len(samples)} rows; a tail index needs at least {LEAST_SAMPLES}")
     if not 0 < confidence < 1:
         raise ValueError(f"`confidence` is {confidence}; give a probability between 0 and 1, such as 0.95")
-    if not shuffles >= 1:
-        raise ValueError(f"`shuffles` is {shuffles}; sums must be formed at least once")
+    if not _is_integer(shuffles) or shuffles < 1:
+        raise ValueError(f"`shuffles` is {shuffles!r}; give an integer: sums must be formed at least once")
+    if size is not None and not _is_integer(size):
+        raise ValueError(f"`size` is {size!r}; give an integer, a number of samples, or None")
     if not bool(torch.isfinite(samples).all()):
         raise ValueError("`samples` holds NaN or infinities; leave out what diverged")
     return samples.detach().reshape(len(samples), -1)

@@ -17,7 +17,7 @@ FAILURE = "failure.txt"
 INTRODUCTION = (
     "Claims of papers, put to the test on CPU cores by small experiments with the parts of this library. Each claim "
     "has its source, the rule it has to obey with its tolerance, what was measured and the verdict. What does not "
-    "hold here stays so; a number without a rule is reported. Seconds are processor time; of studies "
+    "hold here stays so; a number that is not judged is reported. Seconds are processor time; of studies "
     "without a date, wall time."
 )
 

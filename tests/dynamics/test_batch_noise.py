@@ -119,6 +119,15 @@ def gradients(model, x, y):
     return torch.autograd.grad(nn.functional.mse_loss(model(x), y), list(model.parameters())[1:])
 
 
+def pieces(x, y):
+    return zip(x.split(3), y.split(3), strict=True)
+
+
+def gradients_now(model, x, y):
+    used = [p for name, p in model.named_parameters() if name not in ("extra", "sometimes")]
+    return torch.autograd.grad(nn.functional.mse_loss(model(x), y), used)
+
+
 def expected_step(cuts):
     model, x, y = make()
     squares = [
@@ -140,6 +149,60 @@ def test_accumulated_micro_batches(scale):
             noise.micro_batch(model.parameters(), len(part), factor=factor)
         assert noise.step() == pytest.approx(expected_step(cuts), rel=1e-9)
     assert noise.steps == 2
+
+
+def test_a_parameter_that_only_one_micro_batch_uses():
+    """Its gradient is 0 in the others, whichever comes first."""
+    for order in ([0, 1], [1, 0]):
+        a, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
+        noise = BatchNoise()
+        for k in order:
+            ((k + 1) * (a, b)[k].sum() * 0.5).backward()
+            noise.micro_batch([a, b], 2, factor=0.5)
+        # (1, 1, 0, 0) and (0, 0, 2, 2), with the mean (1/2, 1/2, 1, 1).
+        assert noise.step() == pytest.approx(BatchNoise().add([2.0, 8.0], [2, 2], 2.5))
+
+
+@pytest.mark.parametrize("clear", [True, False])
+def test_gradients_left_from_the_batch_before_are_refused(clear):
+    model, x, y = make()
+    model.sometimes = nn.Parameter(torch.ones((), dtype=torch.float64))
+    optimizer, noise, zeroed = torch.optim.SGD(model.parameters(), lr=0.1), BatchNoise(), False
+
+    def batch(used):
+        for part, target in zip(x.split(3), y.split(3), strict=True):
+            (nn.functional.mse_loss(model(part) * (model.sometimes if used else 1.0), target) / 3).backward()
+            noise.micro_batch(model.parameters(), 3, factor=1 / 3)
+        found = noise.step()
+        optimizer.step()
+        return found
+
+    for used in (True, False, True, False):
+        found = batch(used)
+        optimizer.zero_grad(set_to_none=clear)
+        zeroed = True
+    assert zeroed
+    fresh = [torch.cat([g.reshape(-1) for g in gradients_now(model, *part)]) for part in pieces(x, y)]
+    expected = BatchNoise().add([float(g @ g) for g in fresh], [3] * 3, float((sum(fresh) / 3).square().sum()))
+    assert batch(False) == pytest.approx(expected, rel=1e-9)
+    assert found != expected
+    with pytest.raises(ValueError, match="zero_grad"):
+        batch(False)
+    optimizer.zero_grad(set_to_none=clear)
+    assert batch(True) is not None
+
+
+def test_gradients_dropped_within_a_batch_are_refused():
+    model, x, y = make()
+    noise = BatchNoise()
+    for match in (None, "has lost its gradient"):
+        if match:
+            model.zero_grad()
+            with pytest.raises(ValueError, match=match):
+                noise.micro_batch(model.parameters(), 4, factor=0.5)
+        else:
+            nn.functional.mse_loss(model(x), y).backward()
+            noise.micro_batch(model.parameters(), 4, factor=0.5)
 
 
 def test_a_batch_in_one_piece_tells_nothing():

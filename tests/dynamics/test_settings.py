@@ -64,3 +64,16 @@ def test_one_name_is_a_list_of_one_and_none_is_refused():
     assert chosen_measurements("loss") == [Loss()]
     with pytest.raises(ValueError, match="`measure` is empty"):
         chosen_measurements([])
+
+
+@pytest.mark.parametrize("spec", ["heterogeneity:every=5", "BlockSpectra:5", "block-spectra:5"])
+def test_a_class_and_the_name_of_its_rows_will_do(spec):
+    assert measurement(spec) == BlockSpectra(every=5)
+
+
+def test_names_stand_for_one_measurement():
+    classes = [type(measurement(name)) for name in measurement_names()]
+    rows = [kind.name for kind in classes]
+    assert len(set(rows)) == len(rows)
+    for kind in classes:
+        assert type(measurement(kind.name)) is type(measurement(kind.__name__)) is kind

@@ -90,3 +90,23 @@ def test_the_standard_error_is_that_of_repeated_sampling():
     spread = float(torch.tensor([f.js_divergence_mean for f in found], dtype=torch.float64).std())
     claimed = math.sqrt(sum(f.js_divergence_stderr**2 for f in found) / len(found))
     assert 0.7 < claimed / spread < 1.4
+
+
+def test_the_resolution_is_the_distance_to_half_the_steps():
+    op = spread_blocks()
+    fine = block_spectra(op, dense_limit=0, num_steps=16, num_probes=4).heterogeneity()
+    half = block_spectra(op, dense_limit=0, num_steps=8, num_probes=4).heterogeneity()
+    expected = abs(fine.js_divergence_mean - half.js_divergence_mean)
+    assert expected > 1e-4
+    assert fine.js_divergence_resolution == pytest.approx(expected, rel=1e-9)
+    assert block_spectra(op, dense_limit=150).heterogeneity().js_divergence_resolution == 0.0
+
+
+def test_deflated_pairs_are_in_both_densities():
+    spectra = block_spectra(spread_blocks(), dense_limit=0, num_steps=30, num_probes=4, deflate=3)
+    for spectrum in spectra.values():
+        density = spectrum.density
+        assert torch.allclose(density.half_weights.sum(1), torch.ones(4, dtype=torch.float64))
+        for value in density.deflated:
+            assert bool((density.half_nodes == value).any(1).all())
+    assert math.isfinite(spectra.heterogeneity().js_divergence_resolution)
