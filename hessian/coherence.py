@@ -209,7 +209,8 @@ def coherence(
     if objective.criterion is None:
         raise ValueError(
             "Gauss-Newton factors need the prediction apart from the loss; make the objective with "
-            "Objective.supervised(model, criterion, data), or use factor='hessian_psd'"
+            "Objective.supervised(model, criterion, data, predict=..., split=...), or for a small model use "
+            "factor='hessian_psd', which writes out a matrix [parameters, parameters] for each example"
         )
     columns = num_columns if outputs == "sketch" else None
     found = gauss_newton_gram(objective, num_columns=columns, seed=seed, memory_budget=budget, method=method)
