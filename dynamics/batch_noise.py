@@ -265,7 +265,8 @@ class BatchNoise:
         for gradient, last in zip(held, self._last, strict=False):
             if last is None:
                 continue
-            if gradient is None or last[0]() is not gradient or gradient._version > last[1] + 1:
+            # Views are pieces of buckets, which their owner overwrites instead of setting them to zero.
+            if gradient is None or last[0]() is not gradient or gradient._is_view() or gradient._version > last[1] + 1:
                 return
             left.append(gradient.detach())
         if _square(left) > 0:

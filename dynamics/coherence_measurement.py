@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 
-from ..hessian.coherence import coherence
+from ..hessian.batch_moments import SAMPLINGS, BatchMoments
+from ..hessian.coherence import FACTORS, OUTPUTS, coherence
 from ..landscape.objective import Objective
+from ..landscape.selection import near_names
 from .point import Point
 from .row import Row
 
@@ -23,10 +25,15 @@ class Coherence:
 
     Args:
         every: Period in steps.
-        num_examples: Evenly spaced over the data, the same ones at every point.
+        num_examples: Evenly spaced over the data, the same ones at every point; two or more.
         batch_size: Of the thresholds, at most `num_examples`; None leaves them out.
-        sampling: "bernoulli" or "without_replacement", as for `BatchNoise`.
+        sampling: How those batches are drawn: "without_replacement", exactly `batch_size` examples in each, as a
+            shuffled pass over the data gives them; or "bernoulli", each example in a batch by chance, independently of
+            the others, `batch_size` of them on average.
         factor, outputs, num_columns, seed: As for `sharpscope.coherence`.
+
+    Raises:
+        ValueError: an argument is out of its range; `outputs` is "sketch" for true Hessians.
     """
 
     every: int | None = None
@@ -39,6 +46,27 @@ class Coherence:
     num_columns: int = 8
     seed: int = 0
     name: str = "coherence"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("factor", FACTORS), ("outputs", OUTPUTS), ("sampling", SAMPLINGS)):
+            value = getattr(self, name)
+            if value not in choices:
+                near = near_names(str(value), choices)
+                raise ValueError(f"`{name}` is {value!r}; choose among {choices} (near: {near})")
+        for name, least in (("num_examples", 2), ("num_columns", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"`{name}` is {value!r}; give a whole number, {least} or more")
+        if self.factor == "hessian_psd" and self.outputs == "sketch":
+            raise ValueError("`outputs` is 'sketch', which true Hessians do not have; use factor='ggn'")
+        if self.batch_size is not None:
+            try:
+                BatchMoments.of(self.num_examples, self.batch_size, self.sampling)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}; with `num_examples` = {self.num_examples} thresholds are those of so many: raise it for "
+                    "larger batches"
+                ) from None
 
     def measure(self, point: Point) -> Iterator[Row]:
         found = coherence(

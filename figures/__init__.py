@@ -3,6 +3,7 @@
 from .blocks import block_spectra_grid, js_heatmap
 from .comparison import comparison, stability
 from .plot import plot
+from .quantities import quantities
 from .spectrum import density, density_evolution
 from .study import study_figure
 from .style import save, style
@@ -15,6 +16,7 @@ __all__ = [
     "density_evolution",
     "js_heatmap",
     "plot",
+    "quantities",
     "save",
     "sharpness_trajectory",
     "stability",

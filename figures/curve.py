@@ -32,7 +32,7 @@ class Curve(NamedTuple):
 
 
 class Look(NamedTuple):
-    """Colour, dash, marker, width in points and opacity of a line."""
+    """Colour, dash, marker, width in points and opacity of a line; without a marker only what is hollow has one."""
 
     color: str
     dash: Any = "-"
@@ -76,7 +76,7 @@ def draw_curve(
         band: Lower and upper end [k]; None is ± the errors.
     """
     lower, upper = (one.values - one.errors, one.values + one.errors) if band is None else band
-    shape = {"color": look.color, "marker": look.marker, "linestyle": "none", "label": "_"}
+    dots: dict[str, Any] = {"color": look.color, "marker": look.marker or "o", "linestyle": "none", "label": "_"}
     ax.plot(
         one.steps,
         one.values,
@@ -89,7 +89,7 @@ def draw_curve(
     )
     sure = one.converged
     if len(one.steps) <= MAX_MARKERS and look.marker:
-        ax.plot(one.steps[sure], one.values[sure], markersize=3, **shape)
+        ax.plot(one.steps[sure], one.values[sure], markersize=3, **dots)
     if look.band_alpha:
         fill = {"color": look.color, "alpha": look.band_alpha, "linewidth": 0, "gid": f"{gid}-band"}
         ax.fill_between(one.steps[sure], lower[sure], upper[sure], **fill)
@@ -106,6 +106,6 @@ def draw_curve(
             markerfacecolor="white",
             markeredgewidth=1.0,
             zorder=3,
-            **(shape | {"marker": look.marker or "o"}),
+            **dots,
         )
         bars.lines[0].set_gid(f"{gid}-open")

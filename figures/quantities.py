@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..dynamics.trajectory import Trajectory
 from .curve import Curve, draw_curve
-from .quantity_panels import BOOKKEEPING, Panel, panels_of
+from .quantity_panels import DECADE, Panel, panels_of
 from .style import GREY, HOUSE, VERMILION, canvas, dress, log_axis, plain_or_power, style
 from .trajectory import FAR_ABOVE, threshold_name
 
@@ -52,7 +53,8 @@ UNITS = {
 }
 # The ratio is 1 at the edge of stability.
 LEVELS = {"threshold_ratio": ("edge", 1.0)}
-DECADE = 10.0
+WHITE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
+NOTE: dict[str, Any] = {"color": GREY, "fontsize": "x-small", "bbox": WHITE, "gid": "note"}
 MOST_LETTERS = 24
 CELL_WIDTHS = {1: 4.6, 2: 3.0, 3: 2.5}  # inches, by the number of columns
 NARROWEST, CELL_HEIGHT = 2.15, 1.55
@@ -180,6 +182,11 @@ def _draw(ax: Axes, panel: Panel, trajectory: Trajectory, *, legend: Axes) -> No
         draw_curve(ax, line.curve, line.look, f"{panel.name}-{i}", line.name, band=band)
     dress(ax)
     ax.margins(x=0.04)
+    if panel.is_log:
+        log_axis(ax.yaxis, bottom, top)
+    else:
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]))
+        ax.yaxis.set_major_formatter(FuncFormatter(plain_or_power))
     ax.set_ylim(bottom, top)
     if panel.threshold is not None:
         _level(ax, panel.threshold, threshold_name(trajectory, panel.threshold).replace("\n", " "))
@@ -210,10 +217,86 @@ def _limits(panel: Panel) -> tuple[float, float]:
     low, high = float(values.min()), float(values.max())
     if panel.is_log:
         above = bands[bands > 0]
-        low, high = max(min(low, *above), low / DECADE), min(max(high, *above), high * DECADE)
+        low, high = max(min([low, *above]), low / DECADE), min(max([high, *above]), high * DECADE)
         room = (high / low) ** 0.06
         return low / room, high * room
     reach = high - low or math.inf
-    low, high = max(min(low, *bands), low - reach), min(max(high, *bands), high + reach)
+    low, high = max(min([low, *bands]), low - reach), min(max([high, *bands]), high + reach)
     room = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
     return low - room, high + room
+
+
+def _level(ax: Axes, level: Curve, name: str) -> None:
+    """A dashed line with its name at the left end, or only the name where it lies far above."""
+    finite = level.values[np.isfinite(level.values)]
+    if not len(finite):
+        return
+    look: dict[str, Any] = {"color": VERMILION, "fontsize": "x-small", "bbox": WHITE, "gid": "level-name"}
+    if finite.min() > ax.get_ylim()[1]:
+        text = rf"{name} = {finite[-1]:.4g} $\uparrow$"
+        ax.text(0.98, 0.97, text, transform=ax.transAxes, ha="right", va="top", **look)
+        return
+    ax.plot(
+        level.steps,
+        level.values,
+        color=VERMILION,
+        linewidth=1.0,
+        linestyle=(0, (4, 2)),
+        drawstyle="steps-post",
+        gid="level",
+    )
+    y = float(finite[0])
+    under = _share_of_height(ax, y) > 0.75
+    place: dict[str, Any] = {
+        "xycoords": ("axes fraction", "data"),
+        "xytext": (2, -2 if under else 2),
+        "textcoords": "offset points",
+    }
+    ax.annotate(name, (0.0, y), ha="left", va="top" if under else "bottom", **place, **look)
+
+
+def _note(ax: Axes, panel: Panel) -> None:
+    """How many values cannot be drawn, at the right end where the lines are not."""
+    values = np.concatenate([line.curve.values for line in panel.lines])
+    wrong = int((~np.isfinite(values)).sum())
+    if wrong == len(values):
+        ax.set_yticks([])
+        ax.text(0.5, 0.5, f"none of {wrong} finite", ha="center", va="center", transform=ax.transAxes, **NOTE)
+    elif wrong:
+        known = panel.lines[-1].curve.values
+        last = known[np.isfinite(known)][-1:]
+        high = len(last) > 0 and _share_of_height(ax, float(last[0])) > 0.5
+        named = any(text.get_gid() == "level-name" for text in ax.texts)
+        y, va = (0.03, "bottom") if high or named else (0.97, "top")
+        text = f"{wrong} of {len(values)} not finite"
+        ax.text(0.98, y, text, ha="right", va=va, transform=ax.transAxes, **NOTE)
+
+
+def _legend(panel: Panel, ax: Axes, place: Axes) -> None:
+    handles, names = ax.get_legend_handles_labels()
+    if panel.others:
+        rest = next(line for line in ax.lines if line.get_color() == GREY)
+        handles, names = [*handles, rest], [*names, f"{panel.others} more"]
+    hollow = [line for line in ax.lines if (line.get_gid() or "").endswith("-open") and _is_seen(line)]
+    if hollow:
+        handles, names = [*handles, hollow[0]], [*names, "not converged"]
+    if handles:
+        beside: dict[str, Any] = (
+            {} if place is ax else {"loc": "center left", "bbox_to_anchor": (0.0, 0.5), "borderaxespad": 0.0}
+        )
+        place.legend(handles, names, frameon=False, fontsize="x-small", handlelength=2.0, **beside)
+
+
+def _is_seen(line: Line2D) -> bool:
+    return bool(np.isfinite(np.asarray(line.get_ydata(), dtype=float)).any())
+
+
+def _share_of_height(ax: Axes, y: float) -> float:
+    """Where `y` lies: 0 at the bottom of the axes, 1 at the top."""
+    return float(ax.transAxes.inverted().transform(ax.transData.transform((0.0, y)))[1])
+
+
+def _broken(name: str) -> str:
+    """A long name on two lines."""
+    cut = name.rfind("_", 0, MOST_LETTERS) + 1
+    return name if len(name) <= MOST_LETTERS or not cut else f"{name[:cut]}\n{name[cut:]}"

@@ -67,6 +67,7 @@ def shade_regimes(axes: Sequence[Axes], regimes: Sequence[Regime], steps: tuple[
     )
     legend.set_gid(LEGEND)
     axes[0].add_artist(legend)
+    legend.set_clip_on(False)  # it stands outside, and takes its own place in the layout
 
 
 def _area(label: str) -> dict[str, Any]:

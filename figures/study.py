@@ -17,6 +17,7 @@ COLUMNS = 2
 PANEL_SIZE = (3.6, 2.7)  # inches
 CHARACTERS = 62  # of the caption, under one panel
 TITLE = 40  # characters a line
+SHORT_NAME = 10  # characters
 FEW_CELLS = 8  # so many have a tick each
 POINT, CLOUD = 2.0, 300  # size of dots where there are more than so many
 MANY = 4  # more lines than these have a small legend
@@ -67,7 +68,11 @@ def draw_panel(ax: Axes, panel: Panel) -> None:
         _log(ax, "y", [source.y for source in (*panel.lines, *cells)])
     for name, level in panel.levels.items():
         ax.axhline(level, color=GREY, linewidth=1.0, linestyle=(0, (4, 2)))
-        end_label(ax, level, name, GREY)
+        if len(name) <= SHORT_NAME:
+            end_label(ax, level, name, GREY)
+        else:  # beside the axes it would take their width
+            place = {"xycoords": ("axes fraction", "data"), "xytext": (-2, 2), "textcoords": "offset points"}
+            ax.annotate(name, (1.0, level), **place, color=GREY, ha="right", va="bottom", fontsize=7)
     dress(ax, grid=None if panel.heat is not None else "y")
     ax.set(title=textwrap.fill(panel.title, TITLE), xlabel=panel.x_label, ylabel=panel.y_label)
     if len(panel.lines) > 1 or (panel.lines and panel.lines[0].label):

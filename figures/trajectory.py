@@ -84,7 +84,8 @@ def sharpness_trajectory(
         _legend(ax)
         if regimes:
             shaded = [ax] if lowest is ax else [ax, lowest]
-            shade_regimes(shaded, regimes, (int(table["step"].min()), int(table["step"].max())))
+            steps = trajectory.steps()
+            shade_regimes(shaded, regimes, (steps[0], steps[-1]))
     return ax
 
 

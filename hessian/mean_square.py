@@ -147,9 +147,9 @@ class MeanSquareStability:
         """ρ(T): E‖w‖² grows or decays like ρᵏ over k steps; 0 where every H_i is zero.
 
         With momentum, that of the map on the second moments of (w_t, w_(t−1)). Up to k = 24 it is found by dense
-        eigenvalue problems [k², k²]. Beyond, or with momentum, it is the root of a function each value of which takes
-        an eigenvalue problem as that of `threshold`; most are solved roughly, so that the whole costs COST
-        `threshold` does, and less where the noise does not count.
+        eigenvalue problems [k², k²]. Beyond, or with momentum, it is the root of a function, and each of two to ten
+        values of it takes an eigenvalue problem like that of `threshold`, the first ones a rough solution only: one to
+        six times the cost of `threshold` in all, most where the noise hardly raises the radius.
 
         Args:
             lr: η.
@@ -278,6 +278,7 @@ class MeanSquareStability:
         floor, inner_tol = max(lowest, 1e-30) * (1 + tol), max(FAR_TOL, tol / 10)
         low, high, rho = floor, math.inf, max(1.0, 1.1 * lowest)
         before: tuple[float, float] | None = None
+        above, at_floor = rho, False
         for _ in range(MOST_STEPS):
             gain, steepness = turn(rho, inner_tol)
             fine = inner_tol <= tol / 10
@@ -290,14 +291,21 @@ class MeanSquareStability:
                 high = min(high, rho)
             step = (gain - 1) / steepness if steepness > 0 else math.copysign(rho, gain - 1)
             slope = steepness / gain if gain > 0 else math.inf
-            if fine and (abs(gain - 1) <= tol or _error_left(step, rho, slope, before) <= tol * rho):
+            if fine and (abs(gain - 1) <= tol or _error_left(step, rho, slope, before, lowest) <= tol * rho):
                 return rho + step
             before = (rho, slope)
-            if rho + step < low:
-                rho = floor if low == floor else (low + rho) / 2
+            if gain <= 1:
+                above = rho
+            # Near the pole at `lowest` steps do little more than double the distance from it: halve its logarithm.
+            far = 10 * (rho + step - lowest) < above - lowest
+            creeping = far and 0.3 * (rho - lowest) < step < 3 * (rho - lowest)
+            if rho + step < low and low == floor and not at_floor:
+                rho, at_floor = floor, True
+            elif creeping or rho + step < low:
+                rho = lowest + math.sqrt((low - lowest) * (above - lowest))
             else:
                 rho = rho + step if rho + step <= high else (rho + high) / 2
-            if rho == floor or abs(step) <= 0.03 * (rho - lowest):
+            if at_floor or abs(step) <= 0.03 * (rho - lowest):
                 inner_tol = tol / 10
         warnings.warn(f"the radius near {rho:.6g} is not known to `tol` = {tol:g}", NotConvergedWarning, stacklevel=3)
         return rho
@@ -368,9 +376,9 @@ def _squared_roots(lr: float, beta: float, eigenvalues: Tensor) -> float:
     return float(torch.where(discriminant >= 0, real, beta).max())
 
 
-def _error_left(step: float, at: float, slope: float, before: tuple[float, float] | None) -> float:
+def _error_left(step: float, at: float, slope: float, before: tuple[float, float] | None, pole: float) -> float:
     """Of a step of Newton's method, by how the slope has changed since the point before; infinite where it did much."""
     if before is None or at == before[0] or not 0 < slope < math.inf:
         return math.inf
     change = abs(slope - before[1]) / slope
-    return change * step**2 / abs(at - before[0]) if change < 0.5 else math.inf
+    return change * step**2 / min(abs(at - before[0]), at - pole) if change < 0.5 else math.inf

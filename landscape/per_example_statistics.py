@@ -200,6 +200,12 @@ class PerExampleStatistics:
         if curvature is None:
             squares = self.norms.double().cpu().square()
             return noise_scale_of(self.weights, squares, float(mean @ mean), self.along, confidence, eps=eps)
+        shape = getattr(curvature, "shape", None)
+        if not hasattr(curvature, "__matmul__") or shape is None or list(shape) != [len(self.mean)] * 2:
+            raise ValueError(
+                f"`curvature` is {curvature!r}; give an operator [{len(self.mean)}, {len(self.mean)}] of the same "
+                "parameters, such as Hessian(objective)"
+            )
         rows = self._exact_rows("noise_scale(curvature=...)")
         if rows.num_examples != self.num_examples:
             raise ValueError("`curvature` needs the gradients of all examples on this rank; they lie on several")

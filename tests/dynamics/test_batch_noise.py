@@ -167,7 +167,7 @@ def test_a_parameter_that_only_one_micro_batch_uses():
 def test_gradients_left_from_the_batch_before_are_refused(clear):
     model, x, y = make()
     model.sometimes = nn.Parameter(torch.ones((), dtype=torch.float64))
-    optimizer, noise, zeroed = torch.optim.SGD(model.parameters(), lr=0.1), BatchNoise(), False
+    optimizer, noise = torch.optim.SGD(model.parameters(), lr=0.1), BatchNoise()
 
     def batch(used):
         for part, target in zip(x.split(3), y.split(3), strict=True):
@@ -178,31 +178,37 @@ def test_gradients_left_from_the_batch_before_are_refused(clear):
         return found
 
     for used in (True, False, True, False):
-        found = batch(used)
+        batch(used)
         optimizer.zero_grad(set_to_none=clear)
-        zeroed = True
-    assert zeroed
     fresh = [torch.cat([g.reshape(-1) for g in gradients_now(model, *part)]) for part in pieces(x, y)]
     expected = BatchNoise().add([float(g @ g) for g in fresh], [3] * 3, float((sum(fresh) / 3).square().sum()))
     assert batch(False) == pytest.approx(expected, rel=1e-9)
-    assert found != expected
     with pytest.raises(ValueError, match="zero_grad"):
         batch(False)
     optimizer.zero_grad(set_to_none=clear)
     assert batch(True) is not None
 
 
+def test_gradients_in_buckets_that_are_overwritten_are_not_left_over():
+    """As with `gradient_as_bucket_view=True` and one parameter."""
+    p, bucket, noise = nn.Parameter(torch.zeros(2)), torch.zeros(2), BatchNoise()
+    view = bucket.view(2)
+    for _ in range(2):
+        for first in (True, False):
+            bucket.copy_(torch.full((2,), 0.5)) if first else bucket.add_(1.0)
+            p.grad = view
+            noise.micro_batch([p], 2, factor=0.5)
+        assert noise.step() == pytest.approx(BatchNoise().add([2.0, 8.0], [2, 2], 4.5))
+
+
 def test_gradients_dropped_within_a_batch_are_refused():
     model, x, y = make()
     noise = BatchNoise()
-    for match in (None, "has lost its gradient"):
-        if match:
-            model.zero_grad()
-            with pytest.raises(ValueError, match=match):
-                noise.micro_batch(model.parameters(), 4, factor=0.5)
-        else:
-            nn.functional.mse_loss(model(x), y).backward()
-            noise.micro_batch(model.parameters(), 4, factor=0.5)
+    nn.functional.mse_loss(model(x), y).backward()
+    noise.micro_batch(model.parameters(), 4, factor=0.5)
+    model.zero_grad()
+    with pytest.raises(ValueError, match="has lost its gradient"):
+        noise.micro_batch(model.parameters(), 4, factor=0.5)
 
 
 def test_a_batch_in_one_piece_tells_nothing():
@@ -266,7 +272,49 @@ def work(rank, folder):
     after = [g for g in own if g is not None]
     assert all(torch.equal(g, b) for g, b in zip(after, before, strict=True))
     torch.save([made, known], f"{folder}/{rank}.pt")
+    some_without_gradients(rank)
+    refused_on_all_ranks(rank)
     dist.destroy_process_group()
+
+
+def some_without_gradients(rank):
+    """None stands for zeros of whatever size and type the other rank has."""
+    for kind in (torch.float32, torch.float64, torch.bfloat16):
+        first, second = torch.full((2, 3), 1.0, dtype=kind), torch.full((4,), 3.0, dtype=kind)
+        for own in (
+            [[first, None, None], [None, None, second]],
+            [[first, None, None], [first, None, second]],
+            [[None, None, None], [first, None, second]],
+        ):
+            rows = [
+                torch.cat(
+                    [
+                        torch.zeros(n) if g is None else g.float().reshape(-1)
+                        for g, n in zip(one, (6, 1, 4), strict=True)
+                    ]
+                )
+                for one in own
+            ]
+            whole = rows[0] / 4 + rows[1] * 0.75
+            expected = BatchNoise().add([float(r @ r) for r in rows], [2, 6], float(whole @ whole))
+            assert BatchNoise().rank(own[rank], [2, 6][rank]) == pytest.approx(expected, rel=1e-6)
+            found = BatchNoise().rank(own[rank], [2, 6][rank], averaged=[None, whole])
+            assert found == pytest.approx(expected, rel=1e-6)
+
+
+def refused_on_all_ranks(rank):
+    g, h = torch.ones(3), torch.ones(4)
+    for own, sizes, averaged, match in (
+        ([[g, h], [g]], [2, 2], [None, None], r"\[2, 1\] entries"),
+        ([[g, h], [h, g]], [2, 2], [None, None], "number 0 has entries 3 on one and 4"),
+        ([[g], [g.double()]], [2, 2], [None, None], "bytes per entry 4 on one and 8"),
+        ([[g], [g]], [2, 0], [None, None], "must have examples"),
+        ([[g], [g]], [2, 2], [[g], None], "`averaged` is None on some"),
+        ([[g * math.nan], [g]], [2, 2], [None, None], "not finite"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            BatchNoise().rank(own[rank], sizes[rank], averaged=averaged[rank])
+    assert BatchNoise().rank([g], 2) == pytest.approx((0.0, 3.0))
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not built in")

@@ -45,6 +45,27 @@ def test_the_probe_is_fixed_and_follows_the_weights(objective):
     assert moved[0].value != first[0].value
 
 
-def test_too_small_a_probe_is_refused(objective):
-    with pytest.raises(ValueError, match="`num_examples`"):
-        measured_rows(Coherence(num_examples=1), Point(0, objective))
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_examples": 0}, "`num_examples` is 0; give a whole number, 2 or more"),
+        ({"num_examples": 1}, "`num_examples` is 1"),
+        ({"num_examples": 8.0}, "`num_examples` is 8.0"),
+        ({"num_columns": 0}, "`num_columns` is 0"),
+        ({"factor": "gnn"}, "`factor` is 'gnn'; choose among .*near: 'ggn'"),
+        ({"outputs": "q"}, "`outputs` is 'q'; choose among"),
+        ({"sampling": "z"}, "`sampling` is 'z'; choose among"),
+        ({"factor": "hessian_psd", "outputs": "sketch"}, "`outputs` is 'sketch'"),
+        ({"num_examples": 8, "batch_size": 9}, "`batch_size` is 9; .*`num_examples` = 8 .*raise it"),
+        ({"batch_size": 0}, "`batch_size` is 0"),
+        ({"batch_size": True}, "`batch_size` is True"),
+        ({"batch_size": 2.5}, "`batch_size` is 2.5"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_training(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Coherence(**wrong)
+
+
+def test_batches_drawn_by_chance_may_have_a_fraction_of_an_example():
+    assert Coherence(batch_size=2.5, sampling="bernoulli").batch_size == 2.5

@@ -97,6 +97,40 @@ def test_a_sharpness_that_was_not_measured_is_skipped():
     assert critical_constants(grid, steps=3).c_sharp == 2.0
 
 
+def test_a_sharpness_known_at_the_start_only_is_missing():
+    unknown = [1.0, math.nan, math.nan, math.nan, 5.0]
+    some = runs()
+    some[5] = EarlyRun(6.0, BUMP, unknown, False, BUMP)
+    assert critical_constants(some, steps=3).c_sharp == 4.0
+    some[2] = EarlyRun(3.0, BUMP, unknown, False, FALLING)
+    with pytest.raises(ValueError, match="no sharpness at c = 3, below the first rise"):
+        critical_constants(some, steps=3)
+
+
+def test_a_run_that_diverged_before_its_sharpness_was_measured_has_no_say():
+    some = [EarlyRun(1.0, FALLING, FALLING), EarlyRun(2.0, [1.0, math.inf], [1.0, math.nan], True)]
+    found = critical_constants(some, steps=3)
+    assert (found.c_sharp, found.bracket("c_sharp")) == (None, (1.0, math.inf))
+    found = critical_constants([*some, EarlyRun(3.0, BUMP, BUMP)], steps=3)
+    assert (found.c_sharp, found.bracket("c_sharp")) == (3.0, (1.0, 3.0))
+
+
+@pytest.mark.parametrize("last", [math.inf, math.nan])
+def test_a_loss_that_is_not_finite_is_divergence(last):
+    for loss in ([1.0, last, last, last], [1.0, last], [*FALLING, last]):
+        found = critical_constants([EarlyRun(1.0, FALLING), EarlyRun(2.0, loss)], steps=3)
+        assert found.c_max == 1.0
+    with pytest.raises(ValueError, match="the smallest c = 1 diverges"):
+        critical_constants([EarlyRun(1.0, [1.0, last])], steps=3)
+
+
+def test_a_run_that_diverged_within_the_first_steps_has_risen():
+    found = critical_constants([EarlyRun(1.0, FALLING), EarlyRun(2.0, [1.0, 0.9], diverged=True)], steps=3)
+    assert (found.c_loss, found.c_max) == (2.0, 1.0)
+    found = critical_constants([EarlyRun(1.0, FALLING), EarlyRun(2.0, FALLING, diverged=True)], steps=3)
+    assert (found.c_loss, found.c_max) == (None, 1.0)
+
+
 def test_sharpness_may_be_missing_above_c_sharp_only():
     some = runs()
     some[5] = EarlyRun(6.0, BUMP, None, False, BUMP)
@@ -119,6 +153,7 @@ def test_sharpness_may_be_missing_above_c_sharp_only():
         ([EarlyRun(1.0, [0.0, 1, 1, 1])], "the first loss at c = 1 is 0.0"),
         ([EarlyRun(1.0, FALLING, [math.nan, 1, 1, 1])], "the first sharpness at c = 1 is nan"),
         ([EarlyRun(1.0, [1.0, 0.9])], "a loss after 1 steps only; give 3, or set `diverged`"),
+        ([EarlyRun(1.0, FALLING, path=[])], "the path at c = 1 is empty"),
         ([EarlyRun(1.0, BUMP, diverged=True)], "the smallest c = 1 diverges; begin the grid lower"),
     ],
 )
@@ -132,6 +167,10 @@ def test_other_names_are_refused():
         critical_constants(runs(), steps=3).bracket("c_min")
     with pytest.raises(ValueError, match="`steps` is 0"):
         critical_constants(runs(), steps=0)
+    with pytest.raises(ValueError, match="`steps` is 2.5"):
+        critical_constants(runs(), steps=2.5)
+    with pytest.raises(ValueError, match="`tolerance` is 'a'"):
+        critical_constants(runs(), steps=2, tolerance="a")
 
 
 def quadratic(*eigenvalues):

@@ -94,6 +94,28 @@ def test_along_a_training(objective, tmp_path):
             assert series.values[0] != series.values[1]
 
 
-def test_no_row_for_each_weight():
-    with pytest.raises(ValueError, match="element"):
-        GradientSNR(by="element")
+@pytest.mark.parametrize(
+    ("measurement", "options", "match"),
+    [
+        (GradientSNR, {"by": "element"}, "element"),
+        (GradientSNR, {"by": "head"}, "`by` is 'head'"),
+        (GradientSNR, {"by": 3}, "`by` is 3"),
+        (GradientSNR, {"definition": "spatia"}, "`definition` is 'spatia'; choose among .*near: 'spatial'"),
+        (GradientSNR, {"definition": "second_moment"}, "`by` is 'whole' but .* give by='parameter'"),
+        *((kind, {"memory_budget": -3}, "`memory_budget` is -3") for kind in map(type, MEASUREMENTS)),
+        (GradientAlignment, {"memory_budget": True}, "`memory_budget` is True"),
+        (GradientTailIndex, {"method": "hil"}, "`method` is 'hil'; choose among .*near: 'hill'"),
+        (BatchSharpness, {"batch_size": 0}, "`batch_size` is 0"),
+        (BatchSharpness, {"batch_size": 2.5}, "`batch_size` is 2.5"),
+        (BatchSharpness, {"num_batches": 0}, "`num_batches` is 0"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(measurement, options, match):
+    with pytest.raises(ValueError, match=match):
+        measurement(every=1, **options)
+
+
+def test_second_moments_by_parameter(objective):
+    rows = rows_of(GradientSNR(by="parameter", definition="second_moment"), objective)
+    expected = per_example_statistics(objective).snr("parameter", "second_moment")
+    assert {block: row.value for (_, block), row in rows.items()} == expected

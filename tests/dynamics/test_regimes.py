@@ -108,6 +108,29 @@ def test_an_early_fall_is_one_in_the_time_of_the_learning_rate():
     assert labels(regimes(DENSE, None, sharpness, 10.0))[:2] == ["saturation", "progressive flattening"]
 
 
+def test_time_is_the_sum_over_a_schedule():
+    """λ falls from step 1000 on. At η = 0.02 that is late, with a warm-up, too; at η = 0.0004 it is early."""
+    steps = np.arange(0, 2000, 5)
+    sharpness = np.where(steps < 1000, 10.0, 10 * np.exp(-(steps - 1000) / 500))
+    late = ["saturation", "progressive flattening"]
+    warming = np.minimum(steps / 200, 1)
+    with np.errstate(divide="ignore"):
+        assert labels(regimes(steps, None, sharpness, 2 / (0.02 * warming))) == late
+        found = regimes(steps, None, sharpness, 2 / (0.0004 * warming))
+    # λ_0 Σ η = 10 · 0.0004 · (begin − 100); the fit may see the fall a little before.
+    assert labels(found)[0] == "transient"
+    begin, time = (float(found[0].reason.split(word)[1].split()[0]) for word in ("from step ", "τ = "))
+    assert begin == pytest.approx(1000, abs=60)
+    assert time == pytest.approx(10 * 0.0004 * (begin - 100), rel=0.01)
+
+
+def test_time_counts_the_steps_before_the_first_record():
+    steps = 400 + np.arange(0, 1000, 5)
+    sharpness = 10 * np.exp(-np.arange(200) / 50)
+    assert labels(regimes(steps, None, sharpness, 2 / 0.002))[0] == "transient"
+    assert labels(regimes(steps, None, sharpness, 2 / 0.003))[0] == "progressive flattening"
+
+
 def test_a_fall_through_the_threshold_is_not_the_edge():
     sharpness = 12.0 * np.exp(-np.arange(60) / 4) + 2.0
     found = regimes(np.arange(60), None, sharpness, 8.0)
@@ -253,8 +276,8 @@ def test_an_unknown_quantity_is_refused_with_those_near(trajectory):
 @pytest.mark.parametrize(
     ("steps", "sharpness", "threshold", "message"),
     [
-        ([0, 1, 2, 3], [1, 1, 1, 1], 2.0, "4 finite records; regimes need 5"),
-        (range(8), [1] * 4 + [math.nan] * 4, 2.0, "4 finite records; regimes need 5"),
+        ([0, 1, 2, 3], [1, 1, 1, 1], 2.0, "`run` has 4 records with .* regimes need 5"),
+        (range(8), [1] * 4 + [math.nan] * 4, 2.0, "`run` has 4 records with .* regimes need 5"),
         (range(6), [1] * 5, 2.0, r"`sharpness` has shape \[5\] for \[6\] steps"),
         ([0, 1, 1, 2, 3], [1] * 5, 2.0, "do not ascend"),
         (range(6), [1, 1, -0.5, 1, 1, 1], 2.0, "`sharpness` is -0.5 at step 2; it must be positive"),
@@ -280,3 +303,21 @@ def test_records_without_a_sharpness_are_left_out():
     sharpness = four_regimes(DENSE)
     sharpness[::7] = math.nan
     assert labels(regimes(DENSE, None, sharpness, 50.0)) == FOUR
+
+
+def test_records_without_a_threshold_are_left_out():
+    some = np.full(len(DENSE), 50.0)
+    some[-40] = some[3] = math.nan
+    kept, loss = ~np.isnan(some), 1.0 / (1 + DENSE)
+    found = regimes(DENSE, loss, four_regimes(DENSE), some)
+    assert labels(found) == FOUR
+    assert found == regimes(DENSE[kept], loss[kept], four_regimes(DENSE)[kept], 50.0)
+    assert labels(regimes(DENSE, None, four_regimes(DENSE), np.full(len(DENSE), math.nan)))[:3] == FOUR[:3]
+
+
+def test_an_infinite_threshold_is_one():
+    threshold = np.full(len(DENSE), 50.0)
+    threshold[0] = math.inf
+    found = regimes(DENSE, None, four_regimes(DENSE), threshold)
+    assert labels(found) == FOUR
+    assert found[0].first_step == 0

@@ -3,7 +3,7 @@ import pytest
 import torch
 from sharpscope.dynamics.row import Row
 from sharpscope.dynamics.trajectory import Trajectory
-from sharpscope.figures.plot import FIGURES, plot
+from sharpscope.figures.plot import FIGURES, drawable, plot
 
 
 @pytest.fixture
@@ -49,9 +49,41 @@ def test_mistakes_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match="is one file, and there are 2 figures"):
         plot(folder, tmp_path / "all.png")
     with Trajectory.open(tmp_path / "empty") as trajectory:
-        trajectory.record(0, [Row("loss", 1.0)])
-        with pytest.raises(ValueError, match="nothing to draw: it holds loss"):
+        with pytest.raises(ValueError, match="nothing to draw: it holds no rows"):
             plot(trajectory)
+        trajectory.record(0, [Row("skipped", 1.0, block="loss")])
+        with pytest.raises(ValueError, match="nothing to draw: it holds skipped"):
+            plot(trajectory)
+
+
+@pytest.mark.parametrize(
+    ("rows", "figures"),
+    [
+        ([Row("loss", 1.0)], ["quantities"]),
+        ([Row("sharpness", 1.0), Row("loss", 1.0), Row("stability_threshold", 1.0)], ["sharpness"]),
+        ([Row("sharpness", 1.0, index=1), Row("sharpness", 1.0), Row("cadence", 5.0, block="loss")], ["sharpness"]),
+        ([Row("sharpness", 1.0), Row("noise_scale", 1.0)], ["sharpness", "quantities"]),
+        ([Row("sharpness", 1.0), Row("loss", 1.0, block="head")], ["sharpness", "quantities"]),
+        ([Row("sharpness", 1.0, block="head")], ["quantities"]),
+        ([Row("threshold_ratio", 1.0), Row("preconditioned_sharpness", 1.0)], ["stability"]),
+        (
+            [Row("threshold_ratio", 1.0), *(Row("preconditioned_sharpness", 1.0, index=i) for i in range(2))],
+            ["stability", "quantities"],
+        ),
+        ([Row("density", 1.0)], ["quantities"]),  # without nodes and weights
+    ],
+)
+def test_nothing_measured_is_left_out(tmp_path, rows, figures):
+    with Trajectory.open(tmp_path / "run") as trajectory:
+        for step in (0, 10):
+            trajectory.record(step, rows)
+        assert drawable(trajectory) == figures
+        assert [path.stem for path in plot(trajectory)] == figures
+
+
+def test_quantities_can_be_asked_for_where_other_figures_show_them_all(folder):
+    (path,) = plot(folder, figures=["quantities"])
+    assert path.name == "quantities.png"
 
 
 def test_every_figure_is_described():

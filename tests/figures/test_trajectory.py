@@ -1,9 +1,12 @@
 import math
+from typing import get_args
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from sharpscope.dynamics.regimes import Label, Regime, regimes
 from sharpscope.dynamics.row import Row
+from sharpscope.figures.regime_shades import SHADES
 from sharpscope.figures.style import save
 from sharpscope.figures.trajectory import sharpness_trajectory
 
@@ -220,6 +223,57 @@ def test_a_threshold_that_was_never_finite_is_left_out(make_run):
     ax = sharpness_trajectory(make_run(rows=lambda s: [Row("sharpness", 1.0), Row("stability_threshold", math.inf)]))
     assert not texts(ax)
     assert not [line for line in ax.lines if str(line.get_gid()).startswith("threshold")]
+
+
+def regime(label, first, last):
+    return Regime(label, first, last, 1.0, 1.0, 1.0, (1.0, 1.0), 0.0, "")
+
+
+REGIMES = [
+    regime("progressive sharpening", 0, 100),
+    regime("edge of stability", 120, 300),
+    regime("progressive sharpening", 320, 380),
+]
+
+
+def test_regimes_are_shaded_in_both_axes_and_named_once(run):
+    ax = sharpness_trajectory(run, regimes=REGIMES)
+    ax.figure.canvas.draw()
+    for axes in (ax, loss_axes(ax)):
+        spans = [patch for patch in axes.patches if str(patch.get_gid()).startswith("regime-")]
+        assert [(p.get_x(), p.get_x() + p.get_width()) for p in spans] == [(0, 110), (110, 310), (310, 380)]
+        first, second, third = (p.get_facecolor() for p in spans)
+        assert first == third != second
+        assert [bool(p.get_hatch()) for p in spans] == [False, True, False]
+    (named,) = [a for a in ax.get_children() if a.get_gid() == "regimes-legend"]
+    assert [text.get_text() for text in named.get_texts()] == ["progressive sharpening", "edge of stability"]
+    box, place = named.get_window_extent(), ax.get_window_extent()
+    assert place.y1 <= box.y0 < box.y1 <= ax.figure.bbox.y1  # over the axes, inside the figure
+    assert not named.get_clip_on()
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["not converged"]
+
+
+def test_every_label_of_a_regime_has_a_shade_of_its_own():
+    assert set(SHADES) == set(get_args(Label))
+    assert len(set(SHADES.values())) == len(SHADES)
+
+
+def test_the_regimes_found_in_a_run_are_those_drawn(make_run):
+    run = make_run(lr=0.2, steps=range(0, 400, 5))
+    found = regimes(run)
+    assert {one.label for one in found} >= {"progressive sharpening", "edge of stability"}
+    ax = sharpness_trajectory(run, regimes=found)
+    assert len([p for p in ax.patches if str(p.get_gid()).startswith("regime-")]) == len(found)
+
+
+def test_regimes_of_something_else_are_refused(run):
+    with pytest.raises(TypeError, match="`regimes` holds a str"):
+        sharpness_trajectory(run, regimes=["edge of stability"])
+    with pytest.raises(ValueError, match="go from step 0 to 900, `trajectory` from 0 to 380"):
+        sharpness_trajectory(run, regimes=[regime("saturation", 0, 900)])
+    ax = sharpness_trajectory(run, regimes=REGIMES)
+    with pytest.raises(ValueError, match="second run on the same `ax`"):
+        sharpness_trajectory(run, ax, regimes=REGIMES)
 
 
 @pytest.mark.parametrize("ending", ["png", "pdf", "svg"])

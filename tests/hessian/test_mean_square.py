@@ -82,6 +82,55 @@ def test_iteration_equals_diagonalisation(monkeypatch, sampling, beta):
         assert found == pytest.approx(radius, rel=1e-7)
 
 
+def written_out_moments(stability, lr, size, sampling, beta):
+    """T as a matrix on E[(w_t, w_(t−1)) (w_t, w_(t−1))ᵀ]."""
+    H, a = stability.coordinates @ stability.coordinates.mT, stability.eigenvalues
+    k, noise = len(a), BatchMoments.of(stability.num_examples, size, sampling)
+    eye = torch.eye(k, dtype=a.dtype)
+    step = torch.diag(1 + beta - lr * a)
+    step = torch.cat([torch.cat([step, -beta * eye], 1), torch.cat([eye, 0 * eye], 1)])
+    moments = kron(step, step)
+    own = sum(kron(h, h) for h in H)
+    places = (torch.arange(k).unsqueeze(1) * 2 * k + torch.arange(k)).reshape(-1)
+    moments[places.unsqueeze(1), places] += lr**2 * (
+        noise.own * own - noise.centre * kron(torch.diag(a), torch.diag(a))
+    )
+    return moments
+
+
+@pytest.mark.parametrize("rank", [0, 24])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.95])
+def test_directions_and_examples_of_very_different_size(monkeypatch, rank, beta):
+    """The root of the search lies next to its pole, where the radius without noise is nearly that with it."""
+    monkeypatch.setattr(mean_square, "DENSE_RANK", rank)
+    for seed, sampling in itertools.product(range(4), SAMPLINGS):
+        F = random_factors(40 + seed, n=5, k=4)
+        sizes = torch.logspace(0, -2, 4 + seed % 2, dtype=torch.float64)
+        stability = MeanSquareStability(F * (sizes.reshape(-1, 1, 1) if seed % 2 else sizes.reshape(1, -1, 1)))
+        threshold = stability.threshold(2, sampling=sampling, momentum=beta)
+        for share in (0.05, 0.5, 0.99, 1.0, 1.3, 4.0):
+            exact = spectral_radius(written_out_moments(stability, share * threshold, 2, sampling, beta))
+            found = stability.radius(share * threshold, 2, sampling=sampling, momentum=beta)
+            assert found == pytest.approx(exact, rel=2e-8)
+
+
+def test_a_radius_costs_a_few_thresholds(monkeypatch):
+    calls, products = [0], MeanSquareStability._products
+    monkeypatch.setattr(
+        MeanSquareStability, "_products", lambda self, X: (calls.__setitem__(0, calls[0] + 1), products(self, X))[1]
+    )
+
+    def counted(function, *args):
+        calls[0] = 0
+        return function(*args), calls[0]
+
+    stability = MeanSquareStability(random_factors(50, n=12, k=60, r=4))
+    threshold, one = counted(stability.threshold, 3)
+    assert one > 5
+    for share in (0.3, 0.9, 1.0, 1.2):
+        assert counted(stability.radius, share * threshold, 3)[1] <= 7 * one
+
+
 def test_what_lies_outside_of_the_span_does_not_count():
     F = random_factors(2, n=4, k=3, r=1)
     wide = torch.zeros(4, 9, 2, dtype=torch.float64)
@@ -213,6 +262,14 @@ def test_zero_hessians_never_move():
     assert (stability.rank, stability.radius(1.0, 1), stability.threshold(1)) == (0, 0.0, math.inf)
 
 
+def test_a_gram_of_float32_is_taken():
+    F = random_factors(11, n=40, k=30, r=3).float()
+    flat = F.mT.reshape(120, 30)
+    gram = MeanSquareStability.from_gram(flat @ flat.T, 40, rank_tol=1e-4)
+    assert gram.threshold(4) == pytest.approx(MeanSquareStability(F).threshold(4), rel=1e-4)
+    assert MeanSquareStability.from_gram(torch.zeros(4, 4), 2).rank == 0
+
+
 def test_many_directions_are_iterated_within_tolerance():
     """Rank 60 by Lanczos against one eigenvalue problem of the pencil written out."""
     F = random_factors(10, n=30, k=60, r=2)
@@ -251,6 +308,20 @@ def test_axes_that_one_step_of_gradient_descent_would_clear():
         (lambda s: MeanSquareStability(torch.ones(3, 2)), "factors"),
         (lambda s: MeanSquareStability(torch.full((3, 2, 1), math.nan)), "factors"),
         (lambda s: MeanSquareStability.from_gram(torch.eye(5), 2), "gram"),
+        (lambda s: MeanSquareStability.from_gram(torch.full((4, 4), math.nan), 2), "gram"),
+        (lambda s: MeanSquareStability.from_gram(-torch.eye(4), 2), "gram"),
+        (lambda s: MeanSquareStability.from_gram(torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.1])), 2), "gram"),
+        (lambda s: MeanSquareStability.from_gram(torch.eye(4) + torch.ones(4, 4).triu(1), 2), "gram"),
+        (lambda s: MeanSquareStability.from_gram(torch.eye(4), 2.0), "num_examples"),
+        (lambda s: MeanSquareStability(torch.ones(3, 2, 1), rank_tol=math.nan), "rank_tol"),
+        (lambda s: s.threshold("3"), "batch_size"),
+        (lambda s: s.threshold(True), "batch_size"),
+        (lambda s: s.threshold(math.nan), "batch_size"),
+        (lambda s: s.threshold(2, tol=0.0), "tol"),
+        (lambda s: s.threshold(2, rho=math.nan), "rho"),
+        (lambda s: s.radius("a", 2), "lr"),
+        (lambda s: s.radius(0.1, 2, tol=-1.0), "tol"),
+        (lambda s: s.radius(0.1, 2, momentum="0.9"), "momentum"),
     ],
 )
 def test_wrong_arguments_are_named(call, named):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from sharpscope import Fisher, Objective, per_example_statistics
 from sharpscope.landscape import per_example_parts
 from sharpscope.landscape.per_example_singles import Singles
+from sharpscope.landscape.per_example_sums import ChunkSums
 from torch import nn
 
 B = 6
@@ -309,6 +310,30 @@ def test_one_example_is_verified_once_and_again_when_axes_change(axes, monkeypat
     assert_same(found, reference(model, one, range(B), [1 / B] * B), [1 / B] * B)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("residual", [0.0, 3.0])
+def test_near_an_exact_fit_rounding_is_told_from_mixed_rows(residual, kind, monkeypatch):
+    """Residuals of `residual` roundings: no two ways of computing give the same gradient, and none is recorded."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 5)).to(kind)
+    x, noise = torch.randn(64, 30, dtype=kind), torch.randn(64, 5, dtype=kind)
+    fitted = model(x).detach()
+    y = fitted + residual * torch.finfo(kind).eps * noise
+    objective = Objective.supervised(model, nn.MSELoss(), (x, y))
+    verified, gradient = [], Singles.gradient
+    monkeypatch.setattr(Singles, "gradient", lambda *a: verified.append(1) or gradient(*a))
+    for number in range(3):
+        assert per_example_statistics(objective).method == "factors"
+        assert len(verified) == number + 1
+
+    # Rows that are mixed up differ by far more than rounding does.
+    norms_of = ChunkSums.norms_of
+    monkeypatch.setattr(ChunkSums, "norms_of", lambda self, i: norms_of(self, 0))
+    y[0] += 1e-3
+    with pytest.raises(ValueError, match="differs from what a backward pass"):
+        per_example_statistics(Objective.supervised(model, nn.MSELoss(), (x, y)), method="factors")
+
+
 def test_inputs_are_squared_in_blocks(monkeypatch):
     monkeypatch.setattr(per_example_parts, "SQUARED_ENTRIES", 10)
     check(mlp, "factors")
@@ -513,7 +538,11 @@ def test_float32_agrees_with_float64(make_problem):
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"method": "hook"}, "`method` is 'hook'"), ({"chunk_size": 0}, "`chunk_size` is 0; give a positive number")],
+    [
+        ({"method": "hook"}, "`method` is 'hook'"),
+        ({"chunk_size": 0}, "`chunk_size` is 0; give a positive number"),
+        ({"chunk_size": True}, "`chunk_size` is True"),
+    ],
 )
 def test_options_are_checked(options, match, mlp):
     model, data = mlp

@@ -223,6 +223,50 @@ def test_intervals_cover_the_true_noise_scale(scale, size, low, high):
     assert abs(float(spread.mean())) < 3.5 * float(spread.std()) / math.sqrt(2000)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("num", "chunk"), [(20, None), (300, None), (400, 7), (3000, None)])
+def test_identical_examples_have_no_noise_that_is_resolved(num, chunk, kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 5)).to(kind)
+    x, y = torch.randn(1, 30, dtype=kind).expand(num, 30), torch.randn(1, 5, dtype=kind).expand(num, 5)
+    statistics = per_example_statistics(Objective.supervised(model, nn.MSELoss(), (x, y), chunk_size=chunk))
+    noise = statistics.noise_scale()
+    assert noise.trace >= 0
+    assert noise.low == 0 <= noise.estimate <= noise.high <= 600 * torch.finfo(kind).eps
+    moved = statistics.mean != 0
+    assert bool(statistics.snr("element")[moved].isnan().all())
+    assert bool((statistics.snr("element")[~moved] == 0).all())
+    for definition in ("mean", "ratio"):
+        assert math.isnan(statistics.snr(definition=definition))
+        assert all(math.isnan(value) for value in statistics.snr("parameter", definition).values())
+
+
+def test_variances_below_rounding_are_left_out_of_the_mean():
+    """In float32 a column of spread 1e-4 about 1 has no variance left that is not rounding."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 6, generator=random, dtype=torch.float64)
+    x[:, 0], x[:, 1] = 1 + 1e-4 * x[:, 0], 1 + 0.1 * x[:, 1]
+    model = Slope(6).float()
+    objective = Objective.supervised(model, lambda z, t: z.mean(), (x.float(), x), check=False)
+    ratios = x.mean(0).square() / x.var(0)
+    found = per_example_statistics(objective)
+    assert bool((found.snr("element").isnan() == torch.tensor([True] + 5 * [False])).all())
+    assert found.snr(definition="mean") == pytest.approx(float(ratios[1:].mean()), rel=1e-3)
+    exact = of_samples(x)
+    torch.testing.assert_close(exact.snr("element"), ratios, rtol=1e-6, atol=0)
+    assert exact.snr(definition="mean") == pytest.approx(float(ratios.mean()), rel=1e-6)
+
+
+def test_an_indefinite_curvature_may_make_the_scale_negative():
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 2, generator=random, dtype=torch.float64) * torch.tensor([0.1, 1.0])
+    x[:, 0] += 3
+    H = torch.diag(torch.tensor([1.0, -1.0], dtype=torch.float64))
+    noise = of_samples(x).noise_scale(H)
+    assert noise.trace == pytest.approx(float(x[:, 0].var() - x[:, 1].var()))
+    assert noise.low <= noise.estimate < 0 <= noise.high
+
+
 def test_error_of_alignment_is_that_of_new_examples():
     random = torch.Generator().manual_seed(1)
     values, errors = [], []
@@ -264,6 +308,9 @@ def test_tail_index_of_examples():
     scaled = cauchy * torch.logspace(-3, 3, 12, dtype=torch.float64)
     assert float(of_samples(scaled).tail_index()) == pytest.approx(float(of_samples(cauchy).tail_index()), rel=1e-9)
     assert len(of_samples(cauchy).tail_index(columns=5, method="hill").whole.columns) == 5
+    for options in ({"columns": 2.5}, {"columns": 0}, {"size": 2.5}, {"shuffles": 1.5}):
+        with pytest.raises(ValueError, match=f"`{next(iter(options))}` is"):
+            of_samples(cauchy).tail_index(**options)
 
 
 def test_tail_index_by_parameter(mlp):
@@ -383,7 +430,20 @@ def test_options_that_do_not_exist(mlp):
     ):
         with pytest.raises(ValueError, match=match):
             statistics.snr(*arguments)
+    for eps in (-1, math.nan, "1"):
+        with pytest.raises(ValueError, match="`eps` is"):
+            statistics.snr("parameter", "spatial", eps=eps)
     with pytest.raises(ValueError, match="only 'second_moment' takes it"):
         statistics.snr("parameter", dims=(0,))
     with pytest.raises(ValueError, match="`confidence` is 95"):
         statistics.noise_scale(confidence=95)
+
+
+@pytest.mark.parametrize("curvature", [3.0, torch.eye(2)])
+def test_a_curvature_of_something_else_is_refused(curvature):
+    model = nn.Linear(3, 2)
+    statistics = per_example_statistics(
+        Objective.supervised(model, nn.MSELoss(), (torch.randn(5, 3), torch.randn(5, 2)))
+    )
+    with pytest.raises(ValueError, match="`curvature` is .*give an operator"):
+        statistics.noise_scale(curvature)

@@ -133,6 +133,11 @@ def test_an_interval_without_upper_limit():
         (torch.randn(100), {"method": "hil"}, "hill"),
         (torch.randn(100), {"confidence": 95}, "between 0 and 1"),
         (torch.randn(100), {"shuffles": 0}, "once"),
+        (torch.randn(100), {"shuffles": 1.5}, "`shuffles` is 1.5"),
+        (torch.randn(100), {"shuffles": True}, "`shuffles` is True"),
+        (torch.randn(100), {"size": 2.5}, "`size` is 2.5"),
+        (torch.randn(100), {"method": "hill", "size": 2.5}, "`size` is 2.5"),
+        (torch.randn(100), {"method": "hill", "size": True}, "`size` is True"),
     ],
 )
 def test_refusals(samples, options, message):
