@@ -135,10 +135,10 @@ def regimes(
     networks, 2023, and Kalra, He and Barkeshli, Universal sharpness dynamics, 2025; the rules by which they
     are told apart are derived here.
     """
-    if not 0 < flat < 1 or not 0 < band[0] <= edge <= band[1] or least_records < 5:
+    if not 0 < flat < 1 or not 0 < band[0] <= edge <= band[1] or least_records < 5 or not early >= 0:
         raise ValueError(
-            f"`flat` is {flat}, `edge` {edge}, `band` {band}, `least_records` {least_records}; give flat in (0, 1), "
-            "0 < band[0] <= edge <= band[1] and at least 5 records"
+            f"`flat` is {flat}, `edge` {edge}, `band` {band}, `least_records` {least_records}, `early` {early}; give "
+            "flat in (0, 1), 0 < band[0] <= edge <= band[1], at least 5 records and early >= 0"
         )
     if isinstance(run, Trajectory):
         columns = _rows_of(run, loss, sharpness, threshold)

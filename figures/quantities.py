@@ -185,7 +185,7 @@ def _draw(ax: Axes, panel: Panel, trajectory: Trajectory, *, legend: Axes) -> No
     if panel.is_log:
         log_axis(ax.yaxis, bottom, top)
     else:
-        ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]))
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
         ax.yaxis.set_major_formatter(FuncFormatter(plain_or_power))
     ax.set_ylim(bottom, top)
     if panel.threshold is not None:

@@ -20,8 +20,9 @@ DENSE_RANK = 24
 BASIS_BYTES = 2 << 30
 # Of the largest: a Gram matrix in float32 is symmetric and positive up to this.
 GRAM_ROUNDING = 1e-3
-# Of the eigenvalues in the search for the radius while it is far from its root; steps that it may take.
+# Search for the radius: accuracy of the eigenvalues far from its root, best accuracy of the root, steps it may take.
 FAR_TOL = 1e-3
+ROOT_TOL = 1e-13
 MOST_STEPS = 60
 
 
@@ -275,6 +276,7 @@ class MeanSquareStability:
             moment = scale * vector
             return gain, float((vector.square() * slope / inverse).sum())
 
+        tol = max(tol, ROOT_TOL)
         floor, inner_tol = max(lowest, 1e-30) * (1 + tol), max(FAR_TOL, tol / 10)
         low, high, rho = floor, math.inf, max(1.0, 1.1 * lowest)
         before: tuple[float, float] | None = None

@@ -297,6 +297,8 @@ def test_names_without_a_trajectory_are_refused():
 def test_thresholds_out_of_range_are_refused():
     with pytest.raises(ValueError, match="`edge` 0.7"):
         regimes(list(range(6)), None, [1.0] * 6, 2.0, edge=0.7)
+    with pytest.raises(ValueError, match="`early` nan"):
+        regimes(list(range(6)), None, [1.0] * 6, 2.0, early=math.nan)
 
 
 def test_records_without_a_sharpness_are_left_out():

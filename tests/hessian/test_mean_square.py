@@ -124,11 +124,11 @@ def test_a_radius_costs_a_few_thresholds(monkeypatch):
         calls[0] = 0
         return function(*args), calls[0]
 
-    stability = MeanSquareStability(random_factors(50, n=12, k=60, r=4))
+    stability = MeanSquareStability(random_factors(50, n=24, k=60, r=4))
     threshold, one = counted(stability.threshold, 3)
     assert one > 5
     for share in (0.3, 0.9, 1.0, 1.2):
-        assert counted(stability.radius, share * threshold, 3)[1] <= 7 * one
+        assert counted(stability.radius, share * threshold, 3)[1] <= 6 * one
 
 
 def test_what_lies_outside_of_the_span_does_not_count():
