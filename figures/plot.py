@@ -121,7 +121,7 @@ def _is_one_line(trajectory: Trajectory, quantity: str) -> bool:
     """Whether the other figures, which show whole models and only of the sharpness several, show all of it."""
     if trajectory.blocks(quantity) != [""]:
         return False
-    return True or len(trajectory.indices(quantity)) == 1
+    return quantity == "sharpness" or len(trajectory.indices(quantity)) == 1
 
 
 def _targets(

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import shutil
@@ -300,3 +301,43 @@ def test_study_lists_runs_and_refuses(tmp_path, monkeypatch):
 def test_study_names_are_checked():
     code, _, errors = call("study", "adam-mimi")
     assert (code, "'adam-mini'" in errors) == (1, True)
+
+
+def test_options_of_all_studies_are_refused_elsewhere(tmp_path):
+    code, _, errors = call("study", "coherence", "--quick", "--jobs", "2", "--out", tmp_path)
+    assert (code, "`--jobs` is 2 without --all" in errors) == (1, True)
+    code, _, errors = call("study", "--table", "--out", tmp_path)
+    assert (code, "holds no result of a study" in errors) == (1, True)
+    code, _, errors = call("study", "coherence", "--all")
+    assert (code, "give one of them" in errors) == (1, True)
+
+
+def test_all_studies_end_in_a_table_and_a_failed_one_in_the_exit_code(tmp_path, monkeypatch):
+    from sharpscope.dynamics.studies import Claim, Line, Panel, StudyResult, catalogue, replication
+
+    def attempt(name, folder, quick):
+        if name == "broken":
+            return name, "RuntimeError: broken"
+        panels = [Panel("p", "x", "y", [Line("", [0, 1], [0, 1])])]
+        claims = [Claim("one is one", "here", "1", "1", True), Claim("a number", "here", "-", "2", None)]
+        result = StudyResult(name, "Title", "Paper", "Setting", claims, panels, quick, 1.0)
+        folder.mkdir(parents=True)
+        (folder / "study.json").write_text(json.dumps(result.to_json()))
+        return name, result
+
+    known = {"good": "", "broken": ""}
+    monkeypatch.setattr(replication, "_attempt", attempt)
+    for module in (catalogue, replication, sys.modules["sharpscope.dynamics.studies"]):
+        monkeypatch.setattr(module, "STUDIES", known)
+    code, output, errors = call("study", "--all", "--jobs", "1", "--out", tmp_path)
+    assert code == 1
+    assert "1 of 2 studies did not run whole: broken" in errors
+    assert "1 of 1 claims hold, 1 numbers are reported without a verdict" in output
+    assert {path.name for path in tmp_path.iterdir()} == {"good", "replication.md", "replication.html"}
+    assert "Not run whole: broken." in (tmp_path / "replication.md").read_text()
+    assert (tmp_path / "good" / "study.png").exists()
+    del known["broken"]
+    (tmp_path / "good" / "study.json").unlink()
+    (tmp_path / "good" / "study.png").unlink()
+    (tmp_path / "good").rmdir()
+    assert call("study", "--all", "--jobs", "1", "--out", tmp_path)[0] == 0

@@ -120,7 +120,7 @@ def test_the_whole_model_is_told_from_its_blocks(make_run):
 
 
 def test_names_that_differ_in_the_middle_stay_different(make_run):
-    blocks = [f"encoder.layers.{i}.self_attention.in_projection.weight" for i in (0, 1)]
+    blocks = [f"encoder.self_attention_of_layer_{i}_with_relative_positions.weight" for i in (0, 1)]
     ax = draw(make_run, lambda s: [Row("x", 1.0, block=block) for block in blocks])
     assert len(set(legend(ax))) == 2
 
