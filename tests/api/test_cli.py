@@ -68,7 +68,7 @@ def test_train_takes_optimizer_options(tmp_path):
 
 
 def test_train_without_anything_to_draw_is_a_success(tmp_path):
-    code, output, errors = call("train", "--out", tmp_path / "run", "--num-examples=50", "--steps=2", "-m", "loss")
+    code, output, errors = call("train", "--out", tmp_path / "run", "--num-examples=50", "--steps=2", "-m", "sam_edge")
     assert code == 0, errors
     assert "figure" not in output
 

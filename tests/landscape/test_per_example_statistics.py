@@ -48,15 +48,15 @@ def test_variance_and_signal_to_noise(found):
     used = (G != 0).any(0)
     # Ratios of the others are rounding; so are all gradients of the biases of keys, which softmax does not see.
     seen = (mean.abs() > 1e-4 * variance.sqrt()) & (variance > 1e-24 * variance.max())
-    torch.testing.assert_close(statistics.snr("element")[seen], ratios[seen], rtol=1e-8, atol=0)
+    torch.testing.assert_close(statistics.snr("element")[seen], ratios[seen], rtol=1e-10, atol=0)
     assert statistics.snr() == pytest.approx(float(sum(mean**2) / sum(variance)), rel=1e-10)
     means = statistics.snr("parameter", "mean")
     for name, at in zip(objective.layout.names, torch.arange(len(mean)).split(objective.layout.sizes), strict=True):
         if "qkv.bias" not in name:
             expected = float(sum(ratios[at][used[at]]) / used[at].sum())
-            assert means[name] == pytest.approx(expected, rel=1e-8)
+            assert means[name] == pytest.approx(expected, rel=1e-10)
     if not any("qkv" in name for name in means):
-        assert statistics.snr(definition="mean") == pytest.approx(float(sum(ratios[used]) / used.sum()), rel=1e-9)
+        assert statistics.snr(definition="mean") == pytest.approx(float(sum(ratios[used]) / used.sum()), rel=1e-10)
     spread = math.sqrt(float(((mean - mean.mean()) ** 2).sum()) / (len(mean) - 1))
     assert statistics.snr(definition="spatial") == pytest.approx(float(mean.norm()) / (spread + 1e-8), rel=1e-10)
     for by in ("parameter", "layer", "neuron"):
@@ -66,9 +66,9 @@ def test_variance_and_signal_to_noise(found):
         spatial = statistics.snr(by=divided, definition="spatial", eps=0.0)
         for name, block in divided.items():
             at = block.indices(objective.layout)
-            assert blocks[name] == pytest.approx(float(sum(mean[at] ** 2) / sum(variance[at])), rel=1e-9)
+            assert blocks[name] == pytest.approx(float(sum(mean[at] ** 2) / sum(variance[at])), rel=1e-10)
             if len(at) > 2:
-                assert spatial[name] == pytest.approx(float(mean[at].norm() / mean[at].std()), rel=1e-8)
+                assert spatial[name] == pytest.approx(float(mean[at].norm() / mean[at].std()), rel=1e-10)
 
 
 def test_ratio_of_second_moments(found):
@@ -79,13 +79,13 @@ def test_ratio_of_second_moments(found):
     for (name, p), v in zip(model.named_parameters(), pieces, strict=True):
         v = v.view(p.shape)
         ratio = float(v.mean() ** 2 / ((v - v.mean()) ** 2).mean())
-        assert whole[name] == pytest.approx(ratio, rel=1e-9)
+        assert whole[name] == pytest.approx(ratio, rel=1e-10)
         if p.ndim == 1:
             assert name not in rows
         elif p.ndim == 2:
             each = [float(r.mean() ** 2 / ((r - r.mean()) ** 2).mean()) for r in v]
             each = [e for e in each if math.isfinite(e)]
-            assert rows[name] == pytest.approx(sum(each) / len(each), rel=1e-9)
+            assert rows[name] == pytest.approx(sum(each) / len(each), rel=1e-10)
 
 
 def test_inner_products_covariance_and_noise_scale(found):
@@ -100,14 +100,14 @@ def test_inner_products_covariance_and_noise_scale(found):
     )
     expected = expected / (N - 1)
     torch.testing.assert_close(
-        statistics.covariance_product(V), expected, rtol=1e-9, atol=1e-10 * float(expected.abs().max())
+        statistics.covariance_product(V), expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max())
     )
     torch.testing.assert_close(
-        statistics.covariance_product(V[:, 0]), expected[:, 0], rtol=1e-9, atol=1e-10 * float(expected.abs().max())
+        statistics.covariance_product(V[:, 0]), expected[:, 0], rtol=1e-10, atol=1e-10 * float(expected.abs().max())
     )
     biased = GradientCovariance(objective) @ V
     torch.testing.assert_close(
-        statistics.covariance_product(V), biased * N / (N - 1), rtol=1e-8, atol=1e-9 * float(biased.abs().max())
+        statistics.covariance_product(V), biased * N / (N - 1), rtol=1e-10, atol=1e-9 * float(biased.abs().max())
     )
 
     def scale(which):
@@ -122,14 +122,14 @@ def test_inner_products_covariance_and_noise_scale(found):
     estimate, trace, squared = scale(range(N))
     assert noise.trace == pytest.approx(trace, rel=1e-10)
     assert noise.trace == pytest.approx(float(variance.sum()), rel=1e-10)
-    assert noise.squared_norm == pytest.approx(squared, rel=1e-8, abs=1e-10 * trace)
-    assert noise.estimate == pytest.approx(estimate, rel=1e-8)
+    assert noise.squared_norm == pytest.approx(squared, rel=1e-10, abs=1e-10 * trace)
+    assert noise.estimate == pytest.approx(estimate, rel=1e-10)
     left_out = torch.tensor([scale([j for j in range(N) if j != i])[0] for i in range(N)])
     if bool(left_out.isfinite().all()):
         assert noise.stderr == pytest.approx(math.sqrt((N - 1) * float(left_out.var(correction=0))), rel=1e-4)
     assert noise.low <= noise.estimate <= noise.high
     cheap = per_example_statistics(objective, collect="sums").noise_scale()
-    assert cheap.estimate == pytest.approx(noise.estimate, rel=1e-9)
+    assert cheap.estimate == pytest.approx(noise.estimate, rel=1e-10)
     assert math.isnan(cheap.stderr)
     assert math.isnan(cheap.low)
 
@@ -147,11 +147,11 @@ def test_alignment(found):
 
     alignment = statistics.alignment()
     cosine, diversity, share, least, least_cosine = measured(list(G))
-    assert alignment.mean_cosine == pytest.approx(cosine, rel=1e-9)
-    assert alignment.diversity == pytest.approx(diversity, rel=1e-9)
+    assert alignment.mean_cosine == pytest.approx(cosine, rel=1e-10)
+    assert alignment.diversity == pytest.approx(diversity, rel=1e-10)
     assert alignment.negative_share == pytest.approx(share)
-    assert alignment.confusion == pytest.approx(max(0.0, -least), rel=1e-9)
-    assert alignment.least_cosine == pytest.approx(least_cosine, rel=1e-9)
+    assert alignment.confusion == pytest.approx(max(0.0, -least), rel=1e-10)
+    assert alignment.least_cosine == pytest.approx(least_cosine, rel=1e-10)
     assert alignment.num_examples == N
     assert (alignment.cosine_error, alignment.undecided_share, alignment.confusion_error) == (0.0, 0.0, 0.0)
     if N > 12:
@@ -173,10 +173,10 @@ def test_noise_scale_with_curvature():
     squared = float(K.sum() - K.trace()) / (20 * 19)
     trace = float(K.trace()) / 20 - squared
     found = statistics.noise_scale(Hessian(objective))
-    assert (found.trace, found.squared_norm) == pytest.approx((trace, squared), rel=1e-9)
+    assert (found.trace, found.squared_norm) == pytest.approx((trace, squared), rel=1e-10)
     plain, identity = statistics.noise_scale(), statistics.noise_scale(torch.eye(len(H), dtype=torch.float64))
     for name in ("estimate", "stderr", "trace", "squared_norm", "low", "high"):
-        assert getattr(identity, name) == pytest.approx(getattr(plain, name), rel=1e-9)
+        assert getattr(identity, name) == pytest.approx(getattr(plain, name), rel=1e-10)
 
 
 class Slope(nn.Module):
@@ -306,7 +306,7 @@ def test_tail_index_of_examples():
         assert found.whole.low <= alpha <= found.whole.high
         assert float(found) == found.parameters["theta"].estimate == pytest.approx(alpha, abs=0.15)
     scaled = cauchy * torch.logspace(-3, 3, 12, dtype=torch.float64)
-    assert float(of_samples(scaled).tail_index()) == pytest.approx(float(of_samples(cauchy).tail_index()), rel=1e-9)
+    assert float(of_samples(scaled).tail_index()) == pytest.approx(float(of_samples(cauchy).tail_index()), rel=1e-10)
     assert len(of_samples(cauchy).tail_index(columns=5, method="hill").whole.columns) == 5
     for options in ({"columns": 2.5}, {"columns": 0}, {"size": 2.5}, {"shuffles": 1.5}):
         with pytest.raises(ValueError, match=f"`{next(iter(options))}` is"):
@@ -330,12 +330,12 @@ def test_sums_have_the_scatter_of_means(mlp):
     model, data = mlp
     mean = per_example_statistics(Objective.supervised(model, nn.CrossEntropyLoss(), data))
     total = per_example_statistics(Objective.supervised(model, nn.CrossEntropyLoss(reduction="sum"), data))
-    torch.testing.assert_close(mean.variance(), total.variance(), rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(mean.variance(), total.variance(), rtol=1e-10, atol=1e-15)
     assert mean.snr() == pytest.approx(total.snr(), rel=1e-10)
     a, b = mean.noise_scale(), total.noise_scale()
-    assert (a.estimate, a.stderr, a.low, a.high) == pytest.approx((b.estimate, b.stderr, b.low, b.high), rel=1e-9)
+    assert (a.estimate, a.stderr, a.low, a.high) == pytest.approx((b.estimate, b.stderr, b.low, b.high), rel=1e-10)
     assert mean.alignment().mean_cosine == pytest.approx(total.alignment().mean_cosine, rel=1e-12)
-    assert mean.alignment().diversity == pytest.approx(total.alignment().diversity, rel=1e-9)
+    assert mean.alignment().diversity == pytest.approx(total.alignment().diversity, rel=1e-10)
 
 
 def test_unequal_weights(mlp):
@@ -345,17 +345,17 @@ def test_unequal_weights(mlp):
     p = criterion.weight[y] / criterion.weight[y].sum()
     statistics, G = per_example_statistics(Objective.supervised(model, criterion, (x, y))), looped(model, (x, y))
     assert statistics.method == "factors"
-    torch.testing.assert_close(statistics.gradients, G, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(statistics.gradients, G, rtol=1e-10, atol=1e-12)
     mean = p @ G
     C = ((G - mean).T * p) @ (G - mean) / (1 - p @ p)
     v = torch.randn(G.shape[1], dtype=torch.float64)
-    torch.testing.assert_close(statistics.covariance_product(v), C @ v, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(statistics.variance(), C.diagonal(), rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(statistics.covariance_product(v), C @ v, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(statistics.variance(), C.diagonal(), rtol=1e-10, atol=1e-14)
     noise = statistics.noise_scale()
-    assert noise.trace == pytest.approx(float(C.trace()), rel=1e-9)
-    assert noise.squared_norm == pytest.approx(float(mean @ mean - (p @ p) * C.trace()), rel=1e-9)
+    assert noise.trace == pytest.approx(float(C.trace()), rel=1e-10)
+    assert noise.squared_norm == pytest.approx(float(mean @ mean - (p @ p) * C.trace()), rel=1e-10)
     expected = float((p**2 * (G**2).sum(1)).sum() / (mean @ mean))
-    assert statistics.alignment().diversity == pytest.approx(expected, rel=1e-9)
+    assert statistics.alignment().diversity == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("classes", [3, 150])
