@@ -61,7 +61,8 @@ def fully_connected(
     layers: list[nn.Module] = []
     for i in range(depth):
         last = i == depth - 1
-        layer = nn.utils.skip_init(nn.Linear, sizes[i], sizes[i + 1], bias=bias, dtype=dtype)
+        # Made without torch's own initial weights, which would take from the global random stream.
+        layer = nn.Linear(sizes[i], sizes[i + 1], bias=bias, dtype=dtype, device="meta").to_empty(device="cpu")
         with torch.no_grad():
             layer.weight.normal_(generator=random).mul_(((1 if last else 2) / sizes[i]) ** 0.5)
             if last and zero_output:
