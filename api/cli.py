@@ -314,7 +314,7 @@ def _replication_table(folder: Path, *, quiet: bool = False) -> None:
 
 def _outcome(result: Any) -> str:
     reported = len(result.claims) - result.judged
-    others = f", {reported} numbers are reported without a verdict" if reported else ""
+    others = f", {reported} more reported without a verdict" if reported else ""
     return f"{result.held} of {result.judged} claims hold{others}; {result.seconds:.0f} s of processor time"
 
 

@@ -332,7 +332,7 @@ def test_all_studies_end_in_a_table_and_a_failed_one_in_the_exit_code(tmp_path, 
     code, output, errors = call("study", "--all", "--jobs", "1", "--out", tmp_path)
     assert code == 1
     assert "1 of 2 studies did not run whole: broken" in errors
-    assert "1 of 1 claims hold, 1 numbers are reported without a verdict" in output
+    assert "1 of 1 claims hold, 1 more reported without a verdict" in output
     assert {path.name for path in tmp_path.iterdir()} == {"good", "replication.md", "replication.html"}
     assert "Not run whole: broken." in (tmp_path / "replication.md").read_text()
     assert (tmp_path / "good" / "study.png").exists()
