@@ -21,6 +21,7 @@ from .accelerated_experiments import (
     recursions,
     simulated,
 )
+from .claim_numbers import listed
 from .laboratory import Laboratory
 from .result import Claim, Line, Panel
 from .study import Study
@@ -62,9 +63,9 @@ def _modes(lab: Laboratory) -> tuple[list[Claim], Panel]:
             found["difference"] <= 1e-12,
         ),
         Claim(
-            f"Moduli of the modes at λ = {_listed(PROBES)}",
+            f"Moduli of the modes at λ = {listed(PROBES)}",
             OWN,
-            f"ASGD {_listed(MODULI, 8)}; SGD {_listed(PLAIN, 8)}, all digits",
+            f"ASGD {listed(MODULI, '.8g')}; SGD {listed(PLAIN, '.8g')}, all digits",
             f"ASGD {', '.join(digits)}; SGD {', '.join(plain)}",
             all(
                 abs(value - expected) <= 0.51 * 10.0 ** -len(f"{expected}".split(".")[1])
@@ -296,10 +297,6 @@ def _digits(lab: Laboratory) -> tuple[Claim, list[Panel]]:
         Panel("Digits: sharpness", "step", "largest Hessian eigenvalue", sharpness),
     ]
     return claim, panels
-
-
-def _listed(values: Sequence[float], digits: int = 3) -> str:
-    return ", ".join(f"{value:.{digits}g}" for value in values)
 
 
 def _pair(curves: Sequence[Any], step: int) -> str:

@@ -14,6 +14,7 @@ from ..optimizers.adam_mini import AdamMini
 from ..point import Point
 from ..preconditioned_measurements import ThresholdRatio
 from ..workloads.catalogue import workload
+from .claim_numbers import listed
 from .laboratory import Laboratory
 from .result import Claim, Line, Panel
 from .study import Study
@@ -94,15 +95,10 @@ def _claim(name: str, settings: Mapping[str, Any], found: Sequence[tuple[float, 
         "derived here" if name == "Adam-mini" else GRADIENT_PAPER if plain else ADAPTIVE_PAPER,
         f"threshold ratio below {START:g} before the first step, its mean over the last fifth in "
         f"[{END[0]:g}, {END[1]:g}]",
-        f"starts at {_listed(starts)}, ends at {_listed(lasts)}; smallest {_listed(smallest)}, largest "
-        f"{_listed(largest)}",
+        f"starts at {listed(starts)}, ends at {listed(lasts)}; smallest {listed(smallest)}, largest {listed(largest)}",
         all(start < START and END[0] <= last <= END[1] for start, last in zip(starts, lasts, strict=True)),
         "" if plain else "the first step's second moment is that of one gradient, whose tiniest entries set the ratio",
     )
-
-
-def _listed(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.3g}" for value in values)
 
 
 STUDY = Study(

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .claim_numbers import listed
 from .heterogeneity_claims import (
     CNN,
     MLP,
@@ -18,7 +19,6 @@ from .heterogeneity_claims import (
     correlation_claims,
     divergence_claims,
     gap_claims,
-    listed,
     ratio_claims,
     training_claims,
 )

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...hessian.mean_square import MeanSquareStability
+from .claim_numbers import listed
 from .coherence_family import (
     LAMBDA1,
     NUM_EXAMPLES,
@@ -139,10 +140,10 @@ def boundary_claims(boundaries: Mapping[str, Sequence[Sequence[int]]]) -> list[C
     for sampling, found in boundaries.items():
         claims.append(
             Claim(
-                f"largest σ at which most runs diverge, for B = {_listed(BATCH_SIZES)}, η = {LR:g}, "
+                f"largest σ at which most runs diverge, for B = {listed(BATCH_SIZES)}, η = {LR:g}, "
                 f"{sampling.replace('_', ' ')}",
                 f"{PAPER}, synthetic experiment; numbers: {OWN_RUN}",
-                f"{_listed(REFERENCE)} (σ up to {MOST}), each ± {BOUNDARY_TOLERANCE}",
+                f"{listed(REFERENCE)} (σ up to {MOST}), each ± {BOUNDARY_TOLERANCE}",
                 _seeds(found),
                 _within(found, REFERENCE, BOUNDARY_TOLERANCE),
                 f"the reference run of this sampling found {REFERENCE_RUNS[sampling]}",
@@ -157,17 +158,17 @@ def boundary_claims(boundaries: Mapping[str, Sequence[Sequence[int]]]) -> list[C
     return [
         *claims,
         Claim(
-            f"theorem 1 guarantees divergence up to σ = {_listed(THEOREM1_REFERENCE)} only, below the simulation",
+            f"theorem 1 guarantees divergence up to σ = {listed(THEOREM1_REFERENCE)} only, below the simulation",
             f"{PAPER}, theorem 1",
             "those values to two digits, and no whole σ below them above the simulated boundary",
-            f"{_listed(theorem1)}; simulated {_seeds(bernoulli)}",
+            f"{listed(theorem1)}; simulated {_seeds(bernoulli)}",
             below and all(abs(t - r) < 0.06 for t, r in zip(theorem1, THEOREM1_REFERENCE, strict=True)),
         ),
         Claim(
-            f"in the mean square the shared axis diverges up to σ = {_listed(MEAN_SQUARE_REFERENCE)}",
+            f"in the mean square the shared axis diverges up to σ = {listed(MEAN_SQUARE_REFERENCE)}",
             f"{PAPER}, theorem 2 (construction)",
             "those values; the radius of the map is at least 1 at the last whole σ below each, and less at the next",
-            f"{_listed(mean_square)}; last whole σ by the radius {_listed(last_unstable)}",
+            f"{listed(mean_square)}; last whole σ by the radius {listed(last_unstable)}",
             last_unstable == [math.floor(r) for r in MEAN_SQUARE_REFERENCE]
             and all(abs(m - r) < 1e-9 for m, r in zip(mean_square, MEAN_SQUARE_REFERENCE, strict=True)),
         ),
@@ -177,7 +178,7 @@ def boundary_claims(boundaries: Mapping[str, Sequence[Sequence[int]]]) -> list[C
             DERIVED,
             f"simulated within {BOUNDARY_TOLERANCE} of the typical boundary at every B, and short of the mean-square "
             f"one by more than that where B <= 10; typical within 0.5 of {TYPICAL_AT_5} at B = 5",
-            f"typical {_listed(typical)}; simulated {_seeds(bernoulli)}; mean square {_listed(mean_square)}",
+            f"typical {listed(typical)}; simulated {_seeds(bernoulli)}; mean square {listed(mean_square)}",
             _within(bernoulli, typical, BOUNDARY_TOLERANCE)
             and abs(typical[BATCH_SIZES.index(5)] - TYPICAL_AT_5) <= 0.5
             and all(
@@ -225,7 +226,7 @@ def net_claim(loss: str, found: Sequence[Mapping[str, Any]]) -> Claim:
         f"trained network, {loss}: thresholds are in order, and theorem 1 is within a factor of five of the exact one",
         f"{PAPER}, theorem 1; {DERIVED}",
         f"exact <= D <= theorem 1 <= 2/λ₁; exact / theorem 1 in [{RATIO[0]:g}, {RATIO[1]:g}], for B = "
-        f"{_listed(NET_BATCH_SIZES)} and both samplings",
+        f"{listed(NET_BATCH_SIZES)} and both samplings",
         f"ratios {min(ratios):.3g} to {max(ratios):.3g}; σ {_of(found, 'sigma')}, λ₁ {_of(found, 'lambda1')}, max "
         f"λ₁(H_i) {_of(found, 'max_lambda1')}; seed 0 at B = 1: exact {at_one['bernoulli'][0]:.4g} "
         f"({at_one['without_replacement'][0]:.4g} without replacement), D {at_one['bernoulli'][1]:.4g}, theorem 1 "
@@ -245,7 +246,7 @@ def restart_claim(found: Sequence[Mapping[str, Any]]) -> Claim:
         expected = [run["predicted"][-1] / run["predicted"][0] for run in runs]
         holds = holds and all(factor > 1 if share == "1.3" else factor < 1 for factor in factors)
         means = ", ".join(f"{factor:.3g} ± {error:.1g}" for factor, error in zip(factors, errors, strict=True))
-        texts.append(f"at {share} η: {means} (linear theory {_listed(expected)})")
+        texts.append(f"at {share} η: {means} (linear theory {listed(expected)})")
     return Claim(
         "restarted from the optimum of squared error with noise of 1e-4, SGD with one example a step loses ground "
         "beyond the exact threshold η and gains below it",
@@ -267,7 +268,7 @@ def ten_outputs_claim(found: Sequence[Mapping[str, Any]]) -> Claim:
         OWN_RUN,
         "at B = 1 theorem 1 = 2/λ₁, at least twice the exact threshold (5 times in the reference run; twice is chosen "
         "here, after the ratios had been seen)",
-        f"theorem 1 / exact {_listed(shares)}; σ {_of(found, 'sigma')} with n = 32",
+        f"theorem 1 / exact {listed(shares)}; σ {_of(found, 'sigma')} with n = 32",
         all(t[2] == t[3] and t[2] >= 2 * t[0] for t in at_one),
     )
 
@@ -277,12 +278,8 @@ def _within(found: Sequence[Sequence[float]], reference: Sequence[float], tolera
 
 
 def _seeds(found: Sequence[Sequence[int]]) -> str:
-    return "; ".join(f"{_listed(one)} (seed {seed})" for seed, one in enumerate(found))
+    return "; ".join(f"{listed(one)} (seed {seed})" for seed, one in enumerate(found))
 
 
 def _of(found: Sequence[Mapping[str, Any]], key: str) -> str:
-    return _listed([one[key] for one in found])
-
-
-def _listed(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.3g}" for value in values)
+    return listed([one[key] for one in found])

@@ -8,6 +8,7 @@ from statistics import fmean
 import numpy as np
 
 from ..optimizers.stable import stable_abs_mean, stable_ou_scale
+from .claim_numbers import listed
 from .heavy_tail_experiments import (
     CONTRACTION,
     RELATIVE_CHANGE,
@@ -122,7 +123,7 @@ def shape_claims(laboratory: Laboratory, seeds: Sequence[int]) -> tuple[list[Cla
             "The same, by how much: g(2) / g(α₀) at a = 200",
             f"{OWN}; own reference run: 1.11",
             "1.11 ± 0.05",
-            f"{listed(ratios, 4)}",
+            f"{listed(ratios, '.4g')}",
             all(abs(ratio - 1.11) <= 0.05 for ratio in ratios),
         ),
         Claim(
@@ -144,7 +145,7 @@ def shape_claims(laboratory: Laboratory, seeds: Sequence[int]) -> tuple[list[Cla
             "A change of b alone moves the law by |b − b'| / a, whatever the tails",
             OWN,
             f"0.15 within 1e-6 for α = {listed(ALPHAS)}",
-            f"{listed(shifts, 7)}",
+            f"{listed(shifts, '.7g')}",
             all(abs(shift - 0.15) <= 1e-6 for shift in shifts),
         ),
     ], panels
@@ -178,7 +179,3 @@ def _exact_minimiser(curvature: float) -> float:
 
 def _slope(x: Sequence[float], y: Sequence[float]) -> float:
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
-
-
-def listed(values: Sequence[float], digits: int = 3) -> str:
-    return ", ".join(f"{value:.{digits}g}" for value in values)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from .claim_numbers import listed
 from .heavy_tail_experiments import (
     FREQUENCIES,
     MARKS,
@@ -18,7 +19,7 @@ from .heavy_tail_experiments import (
     stable_estimates,
     stationary,
 )
-from .heavy_tail_stability import ALPHAS, OWN, listed, shape_claims, stability_claims
+from .heavy_tail_stability import ALPHAS, OWN, shape_claims, stability_claims
 from .laboratory import Laboratory
 from .result import Claim, Line, Panel
 from .study import Study
@@ -92,7 +93,7 @@ def mean_claims(laboratory: Laboratory, seeds: Sequence[int]) -> tuple[list[Clai
             "Samorodnitsky, Taqqu 1994, section 1.2; own reference run: 1.7074 against 1.7055, 1.2694 against 1.2687",
             f"within 2 % for α = {listed(MEAN_ALPHAS)} with {num:g} samples",
             "; ".join(
-                f"α = {alpha:g}: {listed([run['mean'] for run in runs[alpha]], 5)} against "
+                f"α = {alpha:g}: {listed([run['mean'] for run in runs[alpha]], '.5g')} against "
                 f"{runs[alpha][0]['expected']:.5g}"
                 for alpha in MEAN_ALPHAS
             ),
@@ -115,7 +116,7 @@ def euler_claims(laboratory: Laboratory, seeds: Sequence[int]) -> tuple[list[Cla
     runs = _runs(laboratory, "stationary", stationary, EULER_ALPHAS, seeds, chains=chains, **EULER)
     gaps = [abs(run["measured"] - run["expected"]) for found in runs.values() for run in found]
     texts = [
-        f"α = {alpha:g}: {listed([run['measured'] for run in found], 4)} against {found[0]['expected']:.4f} "
+        f"α = {alpha:g}: {listed([run['measured'] for run in found], '.4g')} against {found[0]['expected']:.4f} "
         f"({found[0]['of the equation']:.4f} for the differential equation)"
         for alpha, found in runs.items()
     ]
@@ -169,7 +170,7 @@ def estimator_claims(laboratory: Laboratory, seeds: Sequence[int]) -> tuple[list
             "Normal gradient noise of a linear model reads as normal",
             OWN,
             "α̂ in [1.9, 2.1]",
-            f"{listed([run['estimate'] for run in linear], 4)}; single weights from "
+            f"{listed([run['estimate'] for run in linear], '.4g')}; single weights from "
             f"{min(run['lowest'] for run in linear):.3g} to {max(run['highest'] for run in linear):.3g}",
             all(1.9 <= run["estimate"] <= 2.1 for run in linear),
         ),

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .claim_numbers import listed
 from .result import Claim
 
 PAPER = "Zhang et al., Why Transformers Need Adam: A Hessian Perspective, 2024"
@@ -191,11 +192,6 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
 def by_seed(found: Mapping[str, Any]) -> list[float]:
     """Train loss of SGD less that of Adam."""
     return [sgd - adam for sgd, adam in zip(found["SGD"]["train"], found["Adam"]["train"], strict=True)]
-
-
-def listed(values: Sequence[float]) -> str:
-    """To three digits."""
-    return ", ".join(f"{value:.3g}" for value in values)
 
 
 def _mean(values: Sequence[float]) -> float:

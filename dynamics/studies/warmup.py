@@ -8,11 +8,12 @@ from typing import Any
 
 from . import warmup_runs as runs
 from . import warmup_training as training
+from .claim_numbers import listed
 from .laboratory import Laboratory
 from .result import Claim, Panel
 from .study import Study
 from .warmup_mechanisms import mechanisms
-from .warmup_training import BOUNDARY_STEPS, PAPER, REFERENCE, first_sharpness, listed, seeds_of
+from .warmup_training import BOUNDARY_STEPS, PAPER, REFERENCE, first_sharpness, seeds_of
 
 # Largest η_c gᵀHg / (2 gᵀg) that the search gives with δ = 0.1 where the loss is a parabola.
 PARABOLA = (1 + math.sqrt(1.1)) / 2

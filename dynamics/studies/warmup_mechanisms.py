@@ -7,9 +7,10 @@ from typing import Any
 
 from ..catapults import warmup_mechanism
 from . import warmup_runs as runs
+from .claim_numbers import listed
 from .laboratory import Laboratory
 from .result import Claim, Line, Panel
-from .warmup_training import NETS, PAPER, first_sharpness, listed, seeds_of
+from .warmup_training import NETS, PAPER, first_sharpness, seeds_of
 
 # c of the warmed-up runs whose sharpness is followed.
 WARMED_SHARE = 64

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..catapults import warmup_mechanism
 from . import warmup_runs as runs
+from .claim_numbers import listed
 from .laboratory import Laboratory
 from .result import Claim, Heat, Line, Panel
 
@@ -36,10 +37,6 @@ def first_sharpness(lab: Laboratory, seed: int, *, zero_output: bool) -> float:
     """λ_0 of the ReLU net."""
     name = f"initial-{seed}" + ("-zero" if zero_output else "")
     return lab.part(name, runs.initial, seed=seed, zero_output=zero_output)["sharpness"]
-
-
-def listed(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.3g}" for value in values)
 
 
 def spread(values: Sequence[float]) -> str:
